@@ -1,0 +1,194 @@
+"""MRC files: maps, images and stacks. Modes 0 (int8), 1 (int16), 2 (float32), 6 (uint16), 12 (float16); big or little endian.
+
+Headers are read here, because thousands of stacks are opened in a row and not all carry the modern marks; writing is mrcfile's.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import mrcfile
+import numpy as np
+import torch
+from mrcfile.dtypes import HEADER_DTYPE
+from torch import Tensor
+
+from frazil.data import BadInput, Volume
+from frazil.io.files import atomic_path, why
+
+MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+HEADER_BYTES = 1024
+_IMOD_STAMP = 1146047817
+_LARGEST_SIDE = 1 << 20
+
+
+@dataclass(frozen=True)
+class MrcHeader:
+    """Where the pixels of an MRC file are and what they mean."""
+
+    path: Path
+    shape: tuple[int, int, int]  # sections, rows, columns as stored
+    dtype: np.dtype  # as stored, byte order included
+    offset: int  # bytes before the first pixel
+    axes: tuple[int, int, int]  # which of x (1), y (2), z (3) the columns, rows and sections are
+    pixel_size: tuple[float, float, float]  # Å, xyz; 0 where the header gives none
+    origin: tuple[float, float, float]  # Å, xyz of the first voxel
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one section."""
+        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+
+def read_header(path: str | os.PathLike[str]) -> MrcHeader:
+    """Header of an MRC file (.gz too), checked against the length of the file.
+
+    Raises BadInput naming the file: missing, unreadable, not MRC, a mode that is not supported, truncated.
+    """
+    path = Path(path)
+    try:
+        with _open(path) as file:
+            raw = file.read(HEADER_BYTES)
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; expected an MRC file") from None
+    except (OSError, EOFError) as error:
+        raise BadInput(f"{path}: cannot be read: {why(error) if isinstance(error, OSError) else 'truncated'}") from error
+    if len(raw) < HEADER_BYTES:
+        raise BadInput(f"{path}: {len(raw)} bytes, shorter than an MRC header (1024); copy the file again")
+    header = _parse(path, raw)
+    held = size - header.offset
+    if path.suffix != ".gz" and held < header.shape[0] * header.image_bytes:
+        whole = max(held, 0) / header.image_bytes
+        raise BadInput(f"{path}: truncated: the header promises {header.shape[0]} sections, the file holds {whole:.1f}; copy it again")
+    return header
+
+
+def read_mrc(path: str | os.PathLike[str]) -> Volume:
+    """The pixels of any MRC file as float32 (z, y, x), or (n, y, x) for a stack, and its pixel size (0 if not given).
+
+    Permuted axes are put right. Raises BadInput as read_header does.
+    """
+    header = read_header(path)
+    count = math.prod(header.shape)
+    try:
+        if header.path.suffix == ".gz":
+            with gzip.open(header.path) as file:
+                file.seek(header.offset)
+                stored = np.frombuffer(file.read(count * header.dtype.itemsize), header.dtype)
+        else:
+            stored = np.fromfile(header.path, header.dtype, count, offset=header.offset)
+    except (OSError, EOFError) as error:
+        raise BadInput(f"{path}: cannot be read: {why(error) if isinstance(error, OSError) else 'truncated'}") from error
+    if stored.size < count:
+        raise BadInput(f"{path}: truncated: {stored.size} of {count} pixels; copy it again")
+    columns, rows, sections = header.axes
+    place = [(sections, rows, columns).index(axis) for axis in (3, 2, 1)]
+    data = np.ascontiguousarray(stored.reshape(header.shape).transpose(place).astype(np.float32))
+    return Volume(torch.from_numpy(data), header.pixel_size[0], header.origin)
+
+
+def read_map(path: str | os.PathLike[str]) -> Volume:
+    """A map (z, y, x) float32 with its pixel size in Å.
+
+    Raises BadInput as read_mrc does, and for a single image, pixels that differ along the axes, and values that are not finite.
+    """
+    volume = read_mrc(path)
+    if volume.data.shape[0] < 2:
+        raise BadInput(f"{path}: is a single image {tuple(volume.data.shape[1:])}; expected a three-dimensional map")
+    sizes = read_header(path).pixel_size
+    if max(sizes) - min(sizes) > 0.01 * max(sizes):
+        raise BadInput(f"{path}: pixel sizes differ along x, y, z: {', '.join(f'{s:.4g}' for s in sizes)} Å; resample the map first")
+    if not bool(torch.isfinite(volume.data).all()):
+        raise BadInput(f"{path}: holds values that are not finite (NaN or infinite)")
+    return volume
+
+
+def read_stack(path: str | os.PathLike[str]) -> Tensor:
+    """(n, y, x) float32: every image of a stack. Raises BadInput as read_mrc does."""
+    return read_mrc(path).data
+
+
+def write_mrc(
+    path: str | os.PathLike[str],
+    array: Tensor | np.ndarray,
+    pixel_size: float,
+    mode: str = "float32",
+    *,
+    stack: bool = False,
+    origin: Sequence[float] = (0.0, 0.0, 0.0),
+) -> None:
+    """Write a map (z, y, x), an image (y, x) or, with `stack`, images (n, y, x), atomically.
+
+    `mode` is "float32" (mode 2) or "float16" (mode 12); pixel_size and origin (xyz) in Å. Raises BadInput naming the file if
+    it cannot be written or the values are too large for float16.
+    """
+    if mode not in ("float32", "float16"):
+        raise ValueError(f"mode must be 'float32' or 'float16', got {mode!r}")
+    values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    if mode == "float16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
+        raise BadInput(f"{path}: values up to {np.abs(values).max():.3g} do not fit float16; write float32 or normalise first")
+    with atomic_path(path) as tmp, _new_file(tmp) as file:
+        file.set_data(np.ascontiguousarray(values, dtype=mode))
+        if values.ndim == 3:
+            file.set_image_stack() if stack else file.set_volume()
+        file.voxel_size = pixel_size
+        for axis, value in zip("xyz", origin, strict=True):
+            file.header.origin[axis] = value
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Any]:
+    """A new mrcfile that is closed even if writing it fails (mrcfile itself leaves it open then)."""
+    file = mrcfile.new(str(path), overwrite=True)
+    try:
+        yield file
+        file.close()
+    except BaseException:
+        with suppress(OSError):
+            file._close_file()
+        raise
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else open(path, "rb")
+
+
+def _parse(path: Path, raw: bytes) -> MrcHeader:
+    """Header fields of the first 1024 bytes; the byte order is the one in which they make sense."""
+    orders: tuple[Literal["<", ">"], ...] = ("<", ">")
+    for order in orders:
+        fields = np.frombuffer(raw, HEADER_DTYPE.newbyteorder(order))[0]
+        shape = (int(fields["nz"]), int(fields["ny"]), int(fields["nx"]))
+        if 0 <= fields["mode"] <= 255 and all(0 < side <= _LARGEST_SIDE for side in shape) and 0 <= fields["nsymbt"] < 1 << 31:
+            break
+    else:
+        raise BadInput(f"{path}: is not an MRC file (sizes or mode in its header make no sense)")
+    mode = int(fields["mode"])
+    if mode not in MODES:
+        raise BadInput(f"{path}: MRC mode {mode} is not supported; expected one of {', '.join(map(str, MODES))}")
+    kind = MODES[mode]
+    words = np.frombuffer(raw, order + "i4")
+    if mode == 0 and words[38] == _IMOD_STAMP and not words[39] & 1:
+        kind = "u1"  # IMOD marks bytes as signed by this flag; without its stamp they are signed
+    axes = (int(fields["mapc"]), int(fields["mapr"]), int(fields["maps"]))
+    if axes == (0, 0, 0):
+        axes = (1, 2, 3)
+    if sorted(axes) != [1, 2, 3]:
+        raise BadInput(f"{path}: axis order {axes} in the header is not a permutation of 1, 2, 3; is this an MRC file?")
+    x, y, z = (float(fields["cella"][a]) / int(fields["m" + a]) if fields["m" + a] > 0 else 0.0 for a in "xyz")
+    sizes = (x, y, z)
+    if not all(math.isfinite(size) and size >= 0 for size in sizes):
+        raise BadInput(f"{path}: the cell lengths in its header make no sense; is this an MRC file?")
+    origin = (float(fields["origin"]["x"]), float(fields["origin"]["y"]), float(fields["origin"]["z"]))
+    if not any(origin) and any(sizes):
+        starts = {axis: int(fields[name]) for axis, name in zip(axes, ("nxstart", "nystart", "nzstart"), strict=True)}
+        origin = (starts[1] * x, starts[2] * y, starts[3] * z)
+    return MrcHeader(path, shape, np.dtype(order + kind), HEADER_BYTES + int(fields["nsymbt"]), axes, sizes, origin)

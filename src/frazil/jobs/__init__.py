@@ -1,0 +1,59 @@
+"""Jobs: files around steps. `jobs/<name>.py` is the command `frazil <name>`; this table is what `frazil --help` lists.
+
+A job module has
+
+    Params              a pydantic model, extra="forbid": Field(description=…, json_schema_extra={"unit": …, "level": "basic" | "expert"});
+                        a field of type Path is an input file
+    POSITIONAL          the fields given without a name on the command line, in order
+    HAS_RUN_DIRECTORY   True: the command has the options of run.Options and `run` gets a Run; False: `run` gets None
+    run(params, run)    the work
+
+or, for a command with several actions, ACTIONS: dict[str, Action] instead. Nothing is imported before a command is used.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+JOBS = {
+    "refine3d": "refine particles against a reference: gold-standard map",
+    "simulate": "particles with known truth, of a phantom or a map",
+    "reconstruct": "reconstruct a map from poses in a particle STAR file",
+    "project": "project a map along given or random directions",
+    "fsc": "Fourier shell correlation and resolution of two maps",
+    "map": "make, filter, cut, resample, mirror or describe a map",
+    "doctor": "devices, memory, versions, and what is missing here",
+}
+MAP_ACTIONS = {
+    "info": "size, pixel size, range and centre of mass of maps",
+    "from-model": "density of an atomic model (PDB, mmCIF)",
+    "sphere": "a soft sphere, as a mask or a first reference",
+    "lowpass": "low-pass filter a map",
+    "crop": "cut or pad a map to another box, same pixel size",
+    "resample": "resample a map to another pixel size or box",
+    "mirror": "the other hand of a map",
+}
+ACTIONS = {"map": MAP_ACTIONS}
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a command needs to be offered: its parameters, which of them have no name, whether it has a run directory, the work."""
+
+    params: type[BaseModel]
+    positional: tuple[str, ...]
+    run: Callable[[Any, Any], None]
+    has_run_directory: bool = False
+
+
+def load(job: str, action: str | None = None) -> Action:
+    """Import the module of a command and return what it offers."""
+    module = import_module(f"frazil.jobs.{job.replace('-', '_')}")
+    if action is not None:
+        return module.ACTIONS[action]
+    return Action(module.Params, module.POSITIONAL, module.run, module.HAS_RUN_DIRECTORY)

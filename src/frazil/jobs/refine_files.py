@@ -1,0 +1,185 @@
+"""A refinement's state as RELION's files, and back (spec/refinement 8.1–8.5)."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from frazil.data import BadInput
+from frazil.io.mrc import read_map
+from frazil.io.particles import ParticleSet, read_particles
+from frazil.io.star import Block, read_star
+from frazil.maths.fourier import resolution_shell
+from frazil.maths.sphere import angular_step
+from frazil.refine.convergence import Progress
+from frazil.refine.model import Model, Poses
+from frazil.refine.sampling import Sampling, make_grid
+from frazil.steps.refine3d import Refine3dParams, State
+
+
+def resolution_columns(shells: int, box: int, pixel_size: float) -> dict[str, np.ndarray]:
+    """rlnSpectralIndex, rlnResolution (1/Å) and rlnAngstromResolution of shells 0 … (999 at 0)."""
+    r = np.arange(shells)
+    frequency = r / (box * pixel_size)
+    return {
+        "rlnSpectralIndex": r,
+        "rlnResolution": frequency,
+        "rlnAngstromResolution": np.where(r > 0, 1 / np.maximum(frequency, 1e-12), 999.0),
+    }
+
+
+def model_blocks(model: Model, state: State, params: Refine3dParams, names: list[str], map_files: list[str], counts: Tensor) -> dict[str, Block]:
+    """model.star of one half, or of the joined map. names: micrographs; counts: particles of each in this half; map_files: a map a class."""
+    p, s, box, a = state.progress, state.sampling, model.box, model.pixel_size
+    sigma = s.sigma or 0.0
+    resolution = box * a / max(p.shell, 1)
+    blocks: dict[str, Block] = {
+        "model_general": {
+            "rlnReferenceDimensionality": 3, "rlnDataDimensionality": 2, "rlnOriginalImageSize": box, "rlnCurrentResolution": resolution,
+            "rlnCurrentImageSize": p.size, "rlnPaddingFactor": params.pad, "rlnIsHelix": 0, "rlnFourierSpaceInterpolator": 1,
+            "rlnMinRadiusNnInterpolation": 10, "rlnPixelSize": a, "rlnNrClasses": model.classes, "rlnNrBodies": 1, "rlnNrGroups": len(names),
+            "rlnNrOpticsGroups": len(model.sigma2), "rlnTau2FudgeFactor": params.tau_fudge, "rlnNormCorrectionAverage": model.norm_average,
+            "rlnSigmaOffsetsAngst": model.sigma_offset, "rlnOrientationalPriorMode": int(s.sigma is not None), "rlnSigmaPriorRotAngle": sigma,
+            "rlnSigmaPriorTiltAngle": sigma, "rlnSigmaPriorPsiAngle": sigma, "rlnLogLikelihood": model.log_likelihood, "rlnAveragePmax": model.ave_pmax,
+        },
+        "model_classes": pd.DataFrame({
+            "rlnReferenceImage": map_files, "rlnClassDistribution": model.pdf_class.numpy(), "rlnAccuracyRotations": p.accuracy_rotation,
+            "rlnAccuracyTranslationsAngst": p.accuracy_shift, "rlnEstimatedResolution": resolution,
+            "rlnOverallFourierCompleteness": model.coverage.mean(1).numpy(),
+        }),
+    }  # fmt: skip
+    shells = box // 2 + 1
+    for k in range(model.classes):
+        blocks[f"model_class_{k + 1}"] = pd.DataFrame({
+            **resolution_columns(shells, box, a), "rlnSsnrMap": model.data_vs_prior[k].numpy(), "rlnGoldStandardFsc": model.fsc.numpy(),
+            "rlnFourierCompleteness": model.coverage[k].numpy(), "rlnReferenceSigma2": model.sigma2_map[k].numpy(), "rlnReferenceTau2": model.tau2[k].numpy(),
+        })  # fmt: skip
+    blocks["model_groups"] = pd.DataFrame({
+        "rlnGroupNumber": np.arange(1, len(names) + 1), "rlnGroupName": names, "rlnGroupNrParticles": counts.numpy(),
+        "rlnGroupScaleCorrection": model.scales.numpy(),
+    })  # fmt: skip
+    for g, (sigma2, optics) in enumerate(zip(model.sigma2, state.particles.optics, strict=True), 1):
+        columns = resolution_columns(len(sigma2), optics.box, optics.pixel_size)
+        del columns["rlnAngstromResolution"]
+        blocks[f"model_optics_group_{g}"] = pd.DataFrame({**columns, "rlnSigma2Noise": sigma2.numpy()})
+    for k in range(model.classes):
+        blocks[f"model_pdf_orient_class_{k + 1}"] = pd.DataFrame({"rlnOrientationDistribution": model.pdf_direction[k].numpy()})
+    return blocks
+
+
+def sampling_blocks(state: State, params: Refine3dParams) -> dict[str, Block]:
+    """sampling.star."""
+    s, a = state.sampling, state.models[0].pixel_size
+    grid = make_grid(s)
+    kept = grid.table[grid.pixels].numpy()
+    return {
+        "sampling_general": {
+            "rlnIs3DSampling": 1, "rlnIs3DTranslationalSampling": 0, "rlnHealpixOrder": s.order, "rlnSymmetryGroup": s.group,
+            "rlnTiltAngleLimit": -91.0, "rlnPsiStep": s.coarse_step, "rlnOffsetRange": s.offset_range, "rlnOffsetStep": s.offset_step,
+            "rlnHelicalOffsetStep": -1.0, "rlnSamplingPerturbInstance": s.instance, "rlnSamplingPerturbFactor": s.factor,
+            "rlnHealpixOrderOriginal": params.healpix_order, "rlnPsiStepOriginal": angular_step(params.healpix_order),
+            "rlnOffsetRangeOriginal": params.offset_range * a, "rlnOffsetStepOriginal": params.offset_step * a,
+        },
+        "sampling_directions": pd.DataFrame({"rlnAngleRot": kept[:, 0], "rlnAngleTilt": kept[:, 1]}),
+    }  # fmt: skip
+
+
+def optimiser_blocks(state: State, params: Refine3dParams, seed: int, files: dict[str, str]) -> dict[str, Block]:
+    """optimiser.star with the entries a RELION ≥ 3.1 asks for (spec 8.5). files: names of root, model1, model2, data, sampling, mask."""
+    p = state.progress
+    smallest = (p.smallest_rotation, p.smallest_shift)
+    return {"optimiser_general": {
+        "rlnOutputRootName": files["root"], "rlnModelStarFile": files["model1"], "rlnModelStarFile2": files["model2"], "rlnExperimentalDataStarFile": files["data"],
+        "rlnOrientSamplingStarFile": files["sampling"], "rlnCurrentIteration": p.iteration, "rlnNumberOfIterations": params.iterations,
+        "rlnDoSplitRandomHalves": 1, "rlnJoinHalvesUntilThisResolution": params.low_resolution_join, "rlnAdaptiveOversampleOrder": params.oversampling,
+        "rlnAdaptiveOversampleFraction": params.adaptive_fraction, "rlnRandomSeed": seed, "rlnParticleDiameter": params.diameter,
+        "rlnWidthMaskEdge": round(params.mask_edge), "rlnDoZeroMask": int(params.zero_mask), "rlnDoSolventFlattening": int(params.flatten_solvent),
+        "rlnDoSolventFscCorrection": int(params.solvent_correct_fsc), "rlnSolventMaskName": files["mask"], "rlnSolventMask2Name": "None", "rlnBodyStarFile": "None",
+        "rlnTauSpectrumName": "None", "rlnMaximumCoarseImageSize": -1, "rlnHighresLimitExpectation": -1.0, "rlnLowresLimitExpectation": -1.0,
+        "rlnIncrementImageSize": p.increment, "rlnDoMapEstimation": 1, "rlnDoFastSubsetOptimisation": 0, "rlnDoExternalReconstruct": 0,
+        "rlnSgdInitialIterations": 0, "rlnSgdFinalIterations": 0, "rlnSgdInbetweenIterations": 0, "rlnSgdInitialResolution": -1.0,
+        "rlnSgdFinalResolution": -1.0, "rlnSgdInitialSubsetSize": -1, "rlnSgdFinalSubsetSize": -1, "rlnSgdMuFactor": 0.0,
+        "rlnSgdSigma2FudgeInitial": 1.0, "rlnSgdSigma2FudgeHalflife": -1, "rlnSgdSkipAnneal": 0, "rlnSgdSubsetSize": -1, "rlnSgdWriteEverySubset": -1,
+        "rlnSgdMaxSubsets": -1, "rlnSgdStepsize": 0.5, "rlnDoStochasticGradientDescent": 0,
+        "rlnMaximumSignificantPoses": params.max_significant, "rlnDoAutoRefine": 1, "rlnAutoLocalSearchesHealpixOrder": params.local_from_order,
+        "rlnNumberOfIterWithoutResolutionGain": p.no_gain, "rlnBestResolutionThusFar": p.shell / (state.models[0].box * state.models[0].pixel_size),
+        "rlnNumberOfIterWithoutChangingAssignments": p.no_change, "rlnDoSkipAlign": 0, "rlnDoSkipRotate": 0,
+        "rlnOverallAccuracyRotations": p.accuracy_rotation, "rlnOverallAccuracyTranslationsAngst": p.accuracy_shift,
+        "rlnChangesOptimalOrientations": p.change_rotation, "rlnChangesOptimalOffsets": p.change_shift, "rlnChangesOptimalClasses": 0.0,
+        "rlnSmallestChangesOrientations": smallest[0], "rlnSmallestChangesOffsets": smallest[1], "rlnSmallestChangesClasses": 0,
+        "rlnLocalSymmetryFile": "None", "rlnDoHelicalRefine": 0, "rlnIgnoreHelicalSymmetry": 0, "rlnHelicalTwistInitial": 0.0,
+        "rlnHelicalRiseInitial": 0.0, "rlnHelicalCentralProportion": 0.3, "rlnHelicalMaskTubeInnerDiameter": -1.0,
+        "rlnHelicalMaskTubeOuterDiameter": -1.0, "rlnHelicalSymmetryLocalRefinement": 0, "rlnHelicalSigmaDistance": -1.0,
+        "rlnHelicalKeepTiltPriorFixed": 0, "rlnHasConverged": int(p.converged), "rlnHasHighFscAtResolLimit": int(p.high_fsc),
+        "rlnHasLargeSizeIncreaseIterationsAgo": 0, "rlnDoCorrectNorm": int(params.norm), "rlnDoCorrectScale": int(params.scale), "rlnDoCorrectCtf": 1,
+        "rlnDoIgnoreCtfUntilFirstPeak": int(params.ctf_intact_first_peak), "rlnCtfDataArePhaseFlipped": 0, "rlnDoOnlyFlipCtfPhases": 0,
+        "rlnRefsAreCtfCorrected": 1, "rlnFixSigmaNoiseEstimates": 0, "rlnFixSigmaOffsetEstimates": 0, "rlnMaxNumberOfPooledParticles": 1,
+    }}  # fmt: skip
+
+
+def read_model(path: Path, folder: Path) -> Model:
+    """Model of a RELION model.star, its maps looked for beside it and in `folder`."""
+    star = read_star(path)
+    general, classes = dict(star["model_general"]), star["model_classes"]
+
+    def column(block: str, label: str) -> Tensor:
+        return torch.from_numpy(np.asarray(star[block][label], dtype=np.float64).copy())
+
+    k = len(classes["rlnReferenceImage"])
+    maps = [read_map(_beside(path, folder, str(name))).data for name in classes["rlnReferenceImage"]]
+    each = lambda label: torch.stack([column(f"model_class_{i + 1}", label) for i in range(k)])  # noqa: E731
+    has_fsc = "rlnGoldStandardFsc" in star["model_class_1"]
+    return Model(
+        maps=torch.stack(maps), pixel_size=float(general["rlnPixelSize"]),
+        sigma2=tuple(column(f"model_optics_group_{g + 1}", "rlnSigma2Noise") for g in range(int(general["rlnNrOpticsGroups"]))),
+        scales=column("model_groups", "rlnGroupScaleCorrection"), norm_average=float(general["rlnNormCorrectionAverage"]),
+        sigma_offset=float(general["rlnSigmaOffsetsAngst"]), pdf_class=column("model_classes", "rlnClassDistribution"),
+        pdf_direction=torch.stack([column(f"model_pdf_orient_class_{i + 1}", "rlnOrientationDistribution") for i in range(k)]),
+        tau2=each("rlnReferenceTau2"), data_vs_prior=each("rlnSsnrMap"),
+        fsc=column("model_class_1", "rlnGoldStandardFsc") if has_fsc else torch.zeros(maps[0].shape[-1] // 2 + 1, dtype=torch.float64),
+        sigma2_map=each("rlnReferenceSigma2"), coverage=each("rlnFourierCompleteness"), ave_pmax=float(general["rlnAveragePmax"]),
+        log_likelihood=float(general["rlnLogLikelihood"]),
+    )  # fmt: skip
+
+
+def _beside(path: Path, folder: Path, name: str) -> Path:
+    for candidate in (folder / name, path.parent / Path(name).name, Path(name)):
+        if candidate.exists():
+            return candidate
+    raise BadInput(f"{path}: the file {name} it names is neither in {folder} nor beside it")
+
+
+def read_refinement(optimiser: Path, folder: Path) -> tuple[State, ParticleSet]:
+    """State of an auto-refinement after an iteration, from its optimiser.star and the files that names (RELION's or ours)."""
+    general = dict(read_star(optimiser)["optimiser_general"])
+    find = lambda label: _beside(optimiser, folder, str(general[label]))  # noqa: E731
+    models = (read_model(find("rlnModelStarFile"), folder), read_model(find("rlnModelStarFile2"), folder))
+    s = dict(read_star(find("rlnOrientSamplingStarFile"))["sampling_general"])
+    particles = read_particles(find("rlnExperimentalDataStarFile"))
+    prior = int(read_star(find("rlnModelStarFile"))["model_general"]["rlnOrientationalPriorMode"])
+    sampling = Sampling(
+        order=int(s["rlnHealpixOrder"]), offset_range=float(s["rlnOffsetRange"]), offset_step=float(s["rlnOffsetStep"]),
+        oversampling=int(general["rlnAdaptiveOversampleOrder"]), group=str(s["rlnSymmetryGroup"]),
+        instance=float(s["rlnSamplingPerturbInstance"]), factor=float(s["rlnSamplingPerturbFactor"]),
+    )  # fmt: skip
+    if prior:
+        sampling = replace(sampling, sigma=2 * sampling.step)
+    box, a = models[0].box, models[0].pixel_size
+    progress = Progress(
+        iteration=int(general["rlnCurrentIteration"]),
+        shell=resolution_shell(box, a, 1 / float(general["rlnBestResolutionThusFar"])),
+        increment=int(general["rlnIncrementImageSize"]), high_fsc=bool(int(general["rlnHasHighFscAtResolLimit"])),
+        no_gain=int(general["rlnNumberOfIterWithoutResolutionGain"]), no_change=int(general["rlnNumberOfIterWithoutChangingAssignments"]),
+        change_rotation=float(general["rlnChangesOptimalOrientations"]), change_shift=float(general["rlnChangesOptimalOffsets"]),
+        smallest_rotation=float(general["rlnSmallestChangesOrientations"]), smallest_shift=float(general["rlnSmallestChangesOffsets"]),
+        accuracy_rotation=float(general["rlnOverallAccuracyRotations"]), accuracy_shift=float(general["rlnOverallAccuracyTranslationsAngst"]),
+        converged=bool(int(general["rlnHasConverged"])), ave_pmax=models[0].ave_pmax,
+    )  # fmt: skip
+    q = particles.particles
+    progress = replace(progress, shell=resolution_shell(box, a, float(read_star(find("rlnModelStarFile"))["model_general"]["rlnCurrentResolution"])))
+    poses = replace(Poses.empty(len(q)), rotation=q.rotation, shift=q.shift, norm=q.norm)
+    return State(progress, sampling, models, q, poses), particles

@@ -1,0 +1,215 @@
+"""`compare` and `candidates` on GPUs: Triton for what surrounds the matrix products, torch (cuBLAS) for the products.
+
+Work arrays are bounded by WORK_BYTES; addresses are 64 bit. Runs in Triton's interpreter too (TRITON_INTERPRET=1).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WORK_BYTES = 1 << 30  # of the factors of `compare`, of the scores of `candidates`
+PIXELS = 512  # a block of the elementwise loops
+TILE = 1024  # hypotheses a program of `candidates` looks at
+BINS = 128  # of the histogram of L between best − depth and best
+
+
+@contextmanager
+def matmul_precision(tf32: bool) -> Iterator[None]:
+    """Products of float32 matrices in TF32, or in full float32, inside; the caller's setting is restored."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def floats(x: Tensor) -> Tensor:
+    """(n, 2p) view of a complex (n, p) tensor: re, im interleaved."""
+    x = x.resolve_conj().contiguous()
+    return torch.view_as_real(x).reshape(len(x), -1)
+
+
+@triton.jit
+def _multiply_rows(slices, images, power, row_slice, row_image, z, norm, p, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """A program a row: z[r] = [re | im] of conj(S) Y, norm[r] = Σ |S|² Q."""
+    r = tl.program_id(0).to(tl.int64)
+    s_at = slices + tl.load(row_slice + r) * 2 * p
+    image = tl.load(row_image + r)
+    y_at, q_at, z_at = images + image * 2 * p, power + image * p, z + r * 2 * p
+    total = tl.zeros((BLOCK,), power.dtype.element_ty)
+    for first in range(0, p, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        ok = j < p
+        sr, si = tl.load(s_at + 2 * j, mask=ok, other=0.0), tl.load(s_at + 2 * j + 1, mask=ok, other=0.0)
+        yr, yi = tl.load(y_at + 2 * j, mask=ok, other=0.0), tl.load(y_at + 2 * j + 1, mask=ok, other=0.0)
+        tl.store(z_at + j, sr * yr + si * yi, mask=ok)
+        tl.store(z_at + p + j, sr * yi - si * yr, mask=ok)
+        total += (sr * sr + si * si) * tl.load(q_at + j, mask=ok, other=0.0)
+    tl.store(norm + r, tl.sum(total, 0))
+
+
+def compare(slices: Tensor, row_slice: Tensor, row_image: Tensor, images: Tensor, power: Tensor, phases: Tensor, cc: bool) -> Tensor:
+    """See frazil.ops.compare.compare."""
+    n, p = len(row_slice), slices.shape[1]
+    scores = power.new_empty(n, phases.shape[1])
+    right = torch.cat([phases.real, -phases.imag])  # (2p, T)
+    s, y, q = floats(slices), floats(images), power.contiguous()
+    chunk = max(1, min(n, WORK_BYTES // (2 * p * power.element_size())))
+    z, norm = power.new_empty(chunk, 2 * p), power.new_empty(chunk)
+    for first in range(0, n, chunk):
+        m = min(chunk, n - first)
+        part = slice(first, first + m)
+        _multiply_rows[(m,)](s, y, q, row_slice[part].contiguous(), row_image[part].contiguous(), z, norm, p, BLOCK=PIXELS)
+        with matmul_precision(tf32=False):
+            torch.mm(z[:m], right, out=scores[part])
+        column = norm[:m, None]
+        if cc:
+            scores[part] *= torch.where(column > 0, column.rsqrt(), 0)
+        else:
+            scores[part] -= column
+    return scores
+
+
+@triton.jit
+def _values(even, odd, offset, shift, row, mate, j, ok, n, shifts, h):  # noqa: ANN001, ANN202
+    """L of the hypotheses j of one mate for row = image·T + shift; −inf outside."""
+    x = tl.load(even + row * h + j, mask=ok, other=0.0)
+    y = tl.load(odd + row * h + j, mask=ok, other=0.0)
+    a = tl.load(offset + (mate * n + row // shifts) * h + j, mask=ok, other=float("-inf"))
+    return tl.where(mate == 0, x + y, x - y) + a + tl.load(shift + row)
+
+
+@triton.jit
+def _tile_best(even, odd, offset, shift, best, n, shifts, h, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """best[row, mate, tile] for both mates of a tile."""
+    row, k, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    j = k * BLOCK + tl.arange(0, BLOCK)
+    ok = j < h
+    for mate in range(2):
+        v = _values(even, odd, offset, shift, row, mate, j, ok, n, shifts, h)
+        tl.store(best + (row * 2 + mate) * tiles + k, tl.max(v, 0))
+
+
+@triton.jit
+def _histogram(even, odd, offset, shift, best, top, hist, depth, n, shifts, h,  # noqa: ANN001, ANN202
+               BLOCK: tl.constexpr, N: tl.constexpr):  # noqa: N803
+    """hist[image, (top − L)·N/depth] counts the hypotheses above top − depth."""
+    row, k, mate, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    high = tl.load(top + row // shifts)
+    if tl.load(best + (row * 2 + mate) * tiles + k) >= high - depth:
+        j = k * BLOCK + tl.arange(0, BLOCK)
+        v = _values(even, odd, offset, shift, row, mate, j, j < h, n, shifts, h)
+        inside = v >= high - depth
+        # What lies outside goes to one more bin, which is never read.
+        bin = tl.where(inside, tl.minimum((high - tl.where(inside, v, high)) * (N / depth), N - 1.0), N).to(tl.int32)
+        counts = tl.histogram(bin, 2 * N)
+        at = tl.arange(0, 2 * N)
+        tl.atomic_add(hist + (row // shifts) * N + at, counts, mask=(at < N) & (counts > 0))
+
+
+@triton.jit
+def _count(even, odd, offset, shift, best, floor, count, n, shifts, h, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """count[row, mate, tile] of hypotheses with L ≥ floor of their image; zero where the tile's best is below."""
+    row, k, mate, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    low, place = tl.load(floor + row // shifts), (row * 2 + mate) * tiles + k
+    if tl.load(best + place) >= low:
+        j = k * BLOCK + tl.arange(0, BLOCK)
+        v = _values(even, odd, offset, shift, row, mate, j, j < h, n, shifts, h)
+        tl.store(count + place, tl.sum((v >= low).to(tl.int32), 0))
+
+
+@triton.jit
+def _list(even, odd, offset, shift, floor, count, start, flat, value, n, shifts, h, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """Write flat = (row·2 + mate)·h + index, and L, of the counted hypotheses."""
+    row, k, mate, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    place = (row * 2 + mate) * tiles + k
+    if tl.load(count + place) > 0:
+        low = tl.load(floor + row // shifts)
+        j = k * BLOCK + tl.arange(0, BLOCK)
+        v = _values(even, odd, offset, shift, row, mate, j, j < h, n, shifts, h)
+        ok = v >= low
+        at = tl.load(start + place) + tl.cumsum(ok.to(tl.int32), 0) - 1
+        tl.store(flat + at, (row * 2 + mate) * h + j, mask=ok)
+        tl.store(value + at, v, mask=ok)
+
+
+def _floor_by_fraction(hist: Tensor, top: Tensor, depth: float, fraction: float) -> tuple[Tensor, Tensor]:
+    """(floor, mass below it) an image: the highest bin edge below which there is surely no more than 1 − fraction of the mass."""
+    edge = torch.arange(BINS + 1, device=hist.device, dtype=torch.float64) * (depth / BINS)
+    count = hist.double()
+    total = (count * (-edge[1:]).exp()).sum(1, keepdim=True).clamp(min=1)
+
+    def tail(x: Tensor) -> Tensor:  # tail[:, k] = Σ_{i ≥ k} x_i
+        return torch.cat([x.flip(1).cumsum(1).flip(1), x.new_zeros(len(x), 1)], 1)
+
+    fits = tail(count * (-edge[:-1]).exp()) <= (1 - fraction) * total
+    k = fits.double().argmax(1).clamp(min=1)  # the first that fits; the last column always does
+    below = tail(count * (-(edge[:-1] + edge[1:]) / 2).exp())
+    return (top.double() - edge[k]).to(top), below.gather(1, k[:, None])[:, 0]
+
+
+def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, cc: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(best, smallest listed L, mass left out) of each image of a batch."""
+    even, _, _, _ = given
+    n, shifts, h = even.shape
+    top = tiles.amax((1, 2, 3))
+    left_out = torch.zeros(n, dtype=torch.float64, device=top.device)
+    floor = top.clone() if cc else top - depth
+    if fraction < 1 and not cc:
+        hist = torch.zeros(n, BINS, dtype=torch.int32, device=top.device)
+        grid = (n * shifts, tiles.shape[3], 2)
+        high = torch.where(top.isneginf(), torch.inf, top)  # nothing comes near that: an image without hypotheses is passed over
+        _histogram[grid](*given, tiles, high, hist, depth, n, shifts, h, BLOCK=TILE, N=BINS)
+        edge, left_out = _floor_by_fraction(hist, top, depth, fraction)
+        floor = torch.maximum(floor, edge)
+    return top, torch.where(top.isneginf(), torch.inf, floor), left_out
+
+
+def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor, depth: float,
+               fraction: float, cc: bool, batch: int | None, tf32: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See frazil.ops.compare.candidates: fields of Candidates."""
+    (h, p), b, shifts, device = slices.shape, len(images), phases.shape[1], power.device
+    batch = max(1, min(b, batch or WORK_BYTES // (2 * shifts * max(h, p) * power.element_size() or 1)))
+    s_re, s_im = slices.real.contiguous(), slices.imag.contiguous()
+    s_power, turn = s_re.square() + s_im.square(), phases.T.contiguous()
+    best, left_out = power.new_full((b,), -torch.inf), torch.zeros(b, dtype=torch.float64, device=device)
+    found = []
+    for first in range(0, b if h else 0, batch):
+        part = slice(first, min(first + batch, b))
+        n = part.stop - first
+        shifted = (images[part, None, :] * turn).view(n * shifts, p)
+        with matmul_precision(tf32):
+            even, odd = ((x.contiguous() @ s.T).view(n, shifts, h) for x, s in ((shifted.real, s_re), (shifted.imag, s_im)))
+            norm = power[part] @ s_power.T
+        del shifted
+        if cc:
+            scale = torch.where(norm > 0, norm.rsqrt(), 0)[:, None, :]
+            even, odd, norm = even * scale, odd * scale, torch.zeros_like(norm)
+        given = (even, odd, log_prior[:, None, :] - norm, log_prior_shift[part].contiguous())
+        grid = (n * shifts, triton.cdiv(h, TILE))
+        tiles = power.new_empty(n, shifts, 2, grid[1])
+        _tile_best[grid](*given, tiles, n, shifts, h, BLOCK=TILE)
+        best[part], floor, left_out[part] = _floors(given, tiles, depth, fraction, cc)
+        count = torch.zeros(tiles.numel(), dtype=torch.int32, device=device)
+        _count[(*grid, 2)](*given, tiles, floor, count, n, shifts, h, BLOCK=TILE)
+        end = count.cumsum(0, dtype=torch.int64)
+        flat = torch.empty(int(end[-1]), dtype=torch.int64, device=device)
+        value = power.new_empty(len(flat))
+        if len(flat):
+            _list[(*grid, 2)](*given, floor, count, end - count, flat, value, n, shifts, h, BLOCK=TILE)
+        image = flat // (2 * h * shifts)
+        if cc:  # of equals the first
+            once = torch.ones_like(image, dtype=torch.bool)
+            once[1:] = image[1:] != image[:-1]
+            image, flat, value = image[once], flat[once], value[once]
+        found.append((image + first, flat % (2 * h), flat // (2 * h) % shifts, value))
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    image, hypothesis, shift, value = (torch.cat(x) for x in zip(*found, strict=True)) if found else (none, none, none, power.new_empty(0))
+    return image, hypothesis, shift, value, best, left_out

@@ -1,0 +1,70 @@
+"""How accurately poses can be known: the error at which a particle's likelihood falls to 1 % (spec/refinement 4.4)."""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from frazil.data import Particles
+from frazil.maths.rotation import euler_to_matrix, matrix_to_euler
+from frazil.ops.project import project
+from frazil.refine.model import Model
+from frazil.refine.search import reference_volumes
+from frazil.refine.windows import Engine, make_frame, particle_ctf
+
+LIMIT = math.log(100)  # likelihood ratio 0.01
+ANGLES = ((0.05, 0.2), (0.1, 1.0), (0.2, 2.0), (0.5, 5.0), (1.0, 10.0), (2.0, 20.0), (5.0, 30.0))
+SHIFTS = ((0.1, 0.2), (0.2, 1.0), (0.2, 2.0), (0.5, 5.0), (1.0, 10.0))
+
+
+def ladder(steps: tuple[tuple[float, float], ...]) -> Tensor:
+    """Growing errors 0, …: each (step, until)."""
+    values = [0.0]
+    for step, until in steps:
+        while values[-1] < until - 1e-9:
+            values.append(round(values[-1] + step, 6))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def crossing(errors: Tensor, distance: Tensor) -> Tensor:
+    """(n,) error at which a row of (n, steps) distances first exceeds LIMIT, by linear interpolation; the last error if never."""
+    over = distance > LIMIT
+    first = torch.where(over.any(1), over.double().argmax(1), distance.shape[1] - 1).clamp(min=1)
+    rows = torch.arange(len(distance))
+    d0, d1 = distance[rows, first - 1], distance[rows, first]
+    part = ((LIMIT - d0) / (d1 - d0).clamp(min=1e-12)).clamp(0, 1)
+    return errors[first - 1] + part * (errors[first] - errors[first - 1])
+
+
+def expected_accuracy(particles: Particles, model: Model, klass: int, engine: Engine, size: int, generator: torch.Generator) -> tuple[float, float]:
+    """(degrees, Å) expected error of rotation and shift, mean over `particles` at their present poses.
+
+    For each particle one of rot, tilt, psi and one of x, y is drawn; the squared difference of CTF-modulated slices over 2σ² is followed
+    up a ladder of errors to ln 100.
+    """
+    volume = reference_volumes(model, size, engine)[klass]
+    angles, shifts = ladder(ANGLES), ladder(SHIFTS)
+    rotation_errors, shift_errors = [], []
+    for g, optics in enumerate(particles.optics):
+        index = torch.nonzero(particles.group == g)[:, 0]
+        if len(index) == 0:
+            continue
+        frame = make_frame(optics, size, model.box, model.pixel_size, engine)
+        inverse = 0.5 / model.sigma2[g].to(engine.device)[frame.pixels.shell[: frame.inside]]
+        inverse[0] = 0
+        for i in index.tolist():
+            one = torch.tensor([i])
+            c = particle_ctf(particles, one, frame.k, optics, engine)[0].double() * frame.amplitude
+            weight = c.square() * (c.square() if optics.ctf_premultiplied else 1) * inverse
+            euler = matrix_to_euler(particles.rotation[i]).repeat(len(angles), 1)
+            euler[:, int(torch.randint(3, (1,), generator=generator))] += angles
+            rotations = euler_to_matrix(euler).to(device=engine.device, dtype=engine.dtype)
+            slices = project(volume, rotations, frame.coords, engine.pad, implementation=engine.implementation)
+            difference = ((slices - slices[:1]).abs().square().double() * weight).sum(1)
+            rotation_errors.append(crossing(angles, difference[None].cpu()))
+            along = frame.k[:, int(torch.randint(2, (1,), generator=generator))]
+            phase = 2 * math.pi * along * shifts[:, None].to(along) * optics.pixel_size
+            moved = (2 - 2 * torch.cos(phase)) * (slices[0].abs().square().double() * weight)
+            shift_errors.append(crossing(shifts, moved.sum(1)[None].cpu()) * optics.pixel_size)
+    return float(torch.cat(rotation_errors).mean()), float(torch.cat(shift_errors).mean())

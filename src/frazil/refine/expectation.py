@@ -1,0 +1,269 @@
+"""The E-step: posterior of every orientation and shift for every particle, and the sums the M-step needs (spec/refinement 2, 3.1, 3.8).
+
+All particles of a half and an optics group are compared with one grid (search.py); the sums over the significant samples are
+made in slice space, and each orientation is inserted once.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frazil.data import Images, Particles
+from frazil.ops.accumulate import accumulate
+from frazil.ops.compare import significant
+from frazil.ops.insert import insert_
+from frazil.refine.model import Model, Poses, Statistics
+from frazil.refine.planner import Plan, make_plan
+from frazil.refine.sampling import Grid
+from frazil.refine.search import (
+    Found, Pass, Rows, coarse_global, coarse_local, fine_rows, project_rows, reference_volumes, row_rotations, score_rows, shift_phases, shift_prior,
+)  # fmt: skip
+from frazil.refine.timing import Clock
+from frazil.refine.windows import Engine, Frame, Windows, make_frame, make_windows
+
+
+@dataclass
+class Sums:
+    """Running sums of one E-step; `finish` makes Statistics of them. The one mutable record of the engine, local to `expectation`."""
+
+    data: Tensor
+    weight: Tensor
+    sigma2: list[Tensor]
+    sigma2_weight: Tensor
+    direction: Tensor
+    scale_cross: Tensor
+    scale_power: Tensor
+    offset2: float = 0.0
+    norm: float = 0.0
+    log_likelihood: float = 0.0
+    pmax: float = 0.0
+    particles: int = 0
+
+    def finish(self) -> Statistics:
+        return Statistics(
+            self.data, self.weight, tuple(self.sigma2), self.sigma2_weight, self.direction, self.offset2,
+            self.scale_cross, self.scale_power, self.norm, self.log_likelihood, self.pmax, self.particles,
+        )  # fmt: skip
+
+
+def new_sums(step: Pass, optics: tuple, micrographs: int, dtype: torch.dtype) -> Sums:
+    """Zero sums; the volumes in `dtype` (real) and its complex counterpart."""
+    shape, f = (len(step.volumes), *step.volumes[0].shape), torch.float64
+    return Sums(
+        data=torch.zeros(shape, dtype=torch.complex128 if dtype == f else torch.complex64, device=step.engine.device),
+        weight=torch.zeros(shape, dtype=dtype, device=step.engine.device),
+        sigma2=[torch.zeros(o.box // 2 + 1, dtype=f) for o in optics],
+        sigma2_weight=torch.zeros(len(optics), dtype=f),
+        direction=torch.zeros(len(step.volumes), step.grid.directions, dtype=f),
+        scale_cross=torch.zeros(micrographs, dtype=f),
+        scale_power=torch.zeros(micrographs, dtype=f),
+    )
+
+
+def expectation(
+    images: Images,
+    particles: Particles,
+    model: Model,
+    grid: Grid,
+    engine: Engine,
+    sizes: tuple[int, int],
+    *,
+    cc: bool = False,
+    tick: Callable[[int], None] = lambda done: None,
+) -> tuple[Statistics, Poses, dict[str, float]]:
+    """One E-step over all of `particles` (one half set).
+
+    images[i] are the pixels of particle i; sizes = (n_c, n_0), window sides of the fine and the coarse pass; cc: the cross-correlation
+    mode of a first iteration (spec 2.8). `tick` is called with the number of particles done after every batch and may raise to stop.
+    Returns the sums, the poses in the order of `particles`, and seconds by phase.
+    """
+    clock = Clock(engine.device)
+    with clock("reference"):
+        volumes = reference_volumes(model, sizes[0], engine)
+    step = Pass(model, volumes, grid, engine, *sizes, cc, clock)
+    poses = Poses.empty(len(particles))
+    sums: Sums | None = None
+    done = 0
+    for g, optics in enumerate(particles.optics):
+        members = torch.nonzero(particles.group == g)[:, 0]
+        if len(members) == 0:
+            continue
+        frame = make_frame(optics, sizes[0], model.box, model.pixel_size, engine)
+        plan = make_plan(
+            engine.budget, box=model.box, size=sizes[0], pad=engine.pad, classes=model.classes, pixels=frame.inside,
+            shifts=len(grid.shifts) * grid.shift_children, dtype=engine.dtype, on_gpu=engine.device != "cpu",
+        )  # fmt: skip
+        sums = sums or new_sums(step, particles.optics, len(particles.micrographs), plan.sum_dtype)
+        for index in members.split(plan.images):
+            with clock("windows"):
+                windows = make_windows(images[index], particles, index, frame, model, engine, g)
+            run_batch(step, frame, plan, particles, index, windows, g, sums, poses)
+            done += len(index)
+            tick(done)
+    assert sums is not None, "no particles in any optics group"
+    sums.norm = float(poses.norm.sum())
+    sums.log_likelihood, sums.pmax = float(poses.log_likelihood.sum()), float(poses.pmax.sum())
+    sums.particles = len(particles)
+    return sums.finish(), poses, clock.seconds
+
+
+def run_batch(step: Pass, frame: Frame, plan: Plan, particles: Particles, index: Tensor, windows: Windows, group: int, sums: Sums, poses: Poses):
+    """Both passes and the sums for a batch of particles."""
+    engine, model = step.engine, step.model
+    inverse = 1.0 / model.sigma2[group].to(engine.device)[frame.pixels.shell[: frame.inside]]
+    likelihood = inverse.clone()
+    likelihood[0] = 0.0  # r = 0 says nothing (spec 1.1)
+    if step.cc:
+        likelihood = torch.ones_like(likelihood)
+        likelihood[0] = 0.0
+    likelihood, inverse = likelihood.to(engine.dtype), inverse.to(engine.dtype)
+    y = windows.masked * (windows.gain * likelihood)
+    q = 0.5 * windows.gain.square() * likelihood
+    shift_log = shift_prior(step, particles, index, windows, frame.optics.pixel_size).to(device=engine.device, dtype=engine.dtype)
+    if step.cc:  # no priors in this mode (spec 2.8)
+        shift_log = torch.zeros_like(shift_log)
+    if step.grid.sampling.sigma is None:
+        coarse, left_out = coarse_global(step, frame, y, q, shift_log)
+        log_orientation = step.model.pdf_direction.log().to(engine.device)[
+            coarse.orientation // step.grid.orientations, coarse.orientation % step.grid.orientations // step.grid.n_psi
+        ].to(engine.dtype)
+    else:
+        centre = particles.prior_rotation if particles.prior_rotation is not None else particles.rotation
+        coarse, log_orientation = coarse_local(step, frame, centre[index], y, q, shift_log, plan)
+        left_out = None
+    with step.clock("thresholds"):
+        if step.cc:
+            log_orientation = torch.zeros_like(log_orientation)
+        else:
+            keep = significant(coarse.image, coarse.value, len(index), engine.fraction, engine.max_significant, left_out).keep
+            coarse, log_orientation = coarse[keep], log_orientation[keep]
+        significant_samples = torch.bincount(coarse.image, minlength=len(index))
+    for lo, hi in sub_batches(coarse, len(index), step.grid.children, plan.pairs):
+        mine = (coarse.image >= lo) & (coarse.image < hi)
+        some = coarse[mine]
+        some = Found(some.image - lo, some.orientation, some.shift, some.value)
+        part = fine_batch(
+            step, frame, plan, some, log_orientation[mine], _slice(windows, lo, hi), y[lo:hi], q[lo:hi], shift_log[lo:hi], inverse, sums,
+            particles, index[lo:hi], group, significant_samples[lo:hi],
+        )  # fmt: skip
+        poses.put_(index[lo:hi], part)
+
+
+def _slice(windows: Windows, lo: int, hi: int) -> Windows:
+    return Windows(**{name: value[lo:hi] for name, value in vars(windows).items()})
+
+
+def sub_batches(coarse: Found, images: int, children: int, rows: int) -> list[tuple[int, int]]:
+    """Ranges of images whose fine rows stay under `rows` (a single image always fits: it is chunked again)."""
+    counts = torch.bincount(torch.unique(coarse.image * (1 << 40) + coarse.orientation) >> 40, minlength=images).cpu() * children
+    ends = counts.cumsum(0).tolist()
+    out, lo, base = [], 0, 0
+    for i in range(images):
+        if ends[i] - base > rows and i > lo:
+            out.append((lo, i))
+            lo, base = i, ends[i - 1]
+    return [*out, (lo, images)]
+
+
+def fine_batch(
+    step: Pass, frame: Frame, plan: Plan, coarse: Found, log_orientation: Tensor, windows: Windows, y: Tensor, q: Tensor, shift_log: Tensor,
+    inverse: Tensor, sums: Sums, particles: Particles, index: Tensor, group: int, n_significant: Tensor,
+) -> Poses:  # fmt: skip
+    """Pass 2 and the sums of some images. Adds to `sums`; returns their poses."""
+    grid, n = step.grid, len(index)
+    with step.clock("thresholds"):
+        rows = fine_rows(step, coarse, log_orientation, n, shift_log)
+    found = score_rows(step, frame, frame.inside, rows, y, q, grid.fine_shifts(), plan)
+    with step.clock("thresholds"):
+        # In the cross-correlation mode one sample an image is left, and significant gives it the weight 1.
+        posterior = significant(found.image, found.value, n, step.engine.fraction)
+        log_norm = posterior.log_norm
+        best_row, best_shift = found.orientation[posterior.best], found.shift[posterior.best]
+        gamma = (found.value.double() - log_norm[found.image]).exp()
+        found, gamma = found[posterior.keep], gamma[posterior.keep]
+    with step.clock("sums"):
+        per_image = add_samples(step, frame, plan, rows, found, gamma, windows, inverse, sums, group)
+    shifts = grid.fine_shifts()
+    slice_of_best = rows.slice[best_row].cpu()
+    orientation = rows.orientation.cpu()[slice_of_best]
+    rotation = grid.fine_rotations(orientation % grid.orientations, rows.child.cpu()[slice_of_best])
+    shift = windows.pre_shift + shifts[best_shift.cpu()]
+    residual = add_statistics(step, frame, windows, found, gamma, per_image, sums, particles, index, group, orientation_of=rows)
+    norm = particles.norm[index] / step.model.norm_average * (2 * residual).sqrt() if step.engine.correct_norm else particles.norm[index]
+    return Poses(rotation, shift, orientation // grid.orientations, norm, posterior.pmax, n_significant, log_likelihood(step, frame, windows, log_norm, group))
+
+
+def add_samples(step: Pass, frame: Frame, plan: Plan, rows: Rows, found: Found, gamma: Tensor, windows: Windows, inverse: Tensor, sums: Sums, group: int):
+    """Weighted sums of the significant samples, inserted; returns (b, 4) float64 per image: Σ x, Σ |S|²G, and both over the scale's shells."""
+    engine, grid = step.engine, step.grid
+    kept, row = torch.unique(found.orientation, return_inverse=True)
+    shifts = len(grid.shifts) * grid.shift_children
+    weights = torch.zeros(len(kept), shifts, dtype=engine.dtype, device=gamma.device)
+    weights[row, found.shift] = gamma.to(engine.dtype)
+    used, segment = torch.unique_consecutive(rows.slice[kept], return_inverse=True)
+    few = Rows(segment, rows.image[kept], rows.orientation[used], rows.child[used], rows.log_row[kept], rows.log_shift, None, None, 1)
+    phases = shift_phases(frame, grid.fine_shifts(), frame.inside, engine)
+    shell = frame.pixels.shell[: frame.inside]
+    f, gain2 = windows.masked * windows.gain, windows.gain.square()
+    u, c = windows.unmasked * (windows.data_gain * inverse), windows.weight_gain * inverse
+    n_shells = frame.pixels.size // 2 + 1
+    per_image = torch.zeros(len(f), 4, dtype=torch.float64, device=f.device)
+    for a, b, lo, hi in few.chunks(plan, grid.orientations):
+        k = int(few.orientation[a]) // grid.orientations
+        some = accumulate(
+            project_rows(step, few, a, b, frame.coords), few.slice[lo:hi] - a, few.image[lo:hi], weights[lo:hi], phases, f, gain2, u, c, shell, n_shells,
+            scale_pixels(step, frame, k), implementation=engine.implementation,
+        )  # fmt: skip
+        with step.clock("insert"):
+            rotations = row_rotations(step, few, a, b)
+            insert_(sums.data[k], sums.weight[k], some.data, some.weight, rotations, frame.coords, engine.pad, implementation=engine.implementation)
+        sums.sigma2[group][:n_shells] += (some.power - 2 * some.cross).cpu()
+        per_image.index_add_(0, few.image[lo:hi], some.rows.double())
+    return per_image
+
+
+def scale_pixels(step: Pass, frame: Frame, k: int) -> Tensor:
+    """(p,) bool: pixels of the shells whose data-versus-prior exceeds 3, over which scales are measured (spec 1.6)."""
+    shell = (frame.pixels.shell[: frame.inside].double() / frame.scale + 0.5).long()
+    good = (step.model.data_vs_prior[k] > 3).to(shell.device)
+    return good[shell.clamp(max=len(good) - 1)]
+
+
+def add_statistics(
+    step: Pass, frame: Frame, windows: Windows, found: Found, gamma: Tensor, per_image: Tensor, sums: Sums, particles: Particles, index: Tensor,
+    group: int, orientation_of: Rows,
+) -> Tensor:  # fmt: skip
+    """Noise, priors, offsets and scales (spec 3.8); returns (b,) float64 residual power S_i for the norm correction."""
+    grid, n = step.grid, len(index)
+    total = torch.zeros(n, dtype=torch.float64, device=gamma.device).index_add_(0, found.image, gamma.double())
+    n_shells = windows.window_power.shape[1]
+    beyond = windows.power[:, n_shells:]
+    sums.sigma2[group][:n_shells] += (windows.window_power * total[:, None]).sum(0).cpu()
+    sums.sigma2[group][n_shells:] += beyond.sum(0).cpu()
+    sums.sigma2_weight[group] += float(total.sum())
+    orientation = orientation_of.orientation.to(gamma.device)[orientation_of.slice[found.orientation]]
+    flat = orientation // grid.orientations * grid.directions + orientation % grid.orientations // grid.n_psi
+    sums.direction.view(-1).index_add_(0, flat.cpu(), gamma.double().cpu())
+    centre = torch.zeros(n, 2, dtype=torch.float64) if particles.prior_shift is None else particles.prior_shift[index]
+    moved = (windows.pre_shift - centre)[found.image.cpu()] + grid.fine_shifts()[found.shift.cpu()]
+    sums.offset2 += float((gamma.double().cpu() * moved.square().sum(-1)).sum())
+    s = step.model.scales[particles.micrograph[index]].clamp(min=0.001)
+    each = per_image.cpu()
+    sums.scale_cross.index_add_(0, particles.micrograph[index], each[:, 2] / s)
+    sums.scale_power.index_add_(0, particles.micrograph[index], each[:, 3] / s**2)
+    inside = (windows.window_power.sum(1) * total).cpu() - 2 * each[:, 0] + each[:, 1]
+    return inside + beyond.sum(1).cpu()
+
+
+def log_likelihood(step: Pass, frame: Frame, windows: Windows, log_norm: Tensor, group: int) -> Tensor:
+    """(b,) float64 log Σ w with the terms common to all hypotheses: −½ Σ|X|²/σ² − Σ log 2πσ² over the window's pixels."""
+    if step.cc:
+        return log_norm.double().cpu()
+    sigma2 = step.model.sigma2[group].to(windows.window_power)[1 : windows.window_power.shape[1]]
+    count = torch.bincount(frame.pixels.shell, minlength=len(sigma2) + 1)[1:].to(sigma2)
+    constant = (count * torch.log(2 * math.pi * sigma2)).sum()
+    return (log_norm.double() - 0.5 * (windows.window_power[:, 1:] / sigma2).sum(1) - constant).cpu()

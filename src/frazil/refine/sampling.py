@@ -1,0 +1,194 @@
+"""The orientations and shifts an iteration compares every particle with (spec/refinement 2.5, 2.6, 2.9, 6)."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from frazil.maths import sphere
+from frazil.maths.rotation import euler_to_matrix
+from frazil.maths.symmetry import kept_directions, operators
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of the search grid; the coarse grid is the one named, children come from `oversampling`."""
+
+    order: int  # HEALPix order of the coarse directions
+    offset_range: float  # Å
+    offset_step: float  # Å, coarse
+    oversampling: int = 1
+    group: str = "C1"
+    instance: float = 0.0  # ρ, the present perturbation
+    factor: float = 0.5  # f, its limit; 0: none
+    sigma: float | None = None  # degrees, sd of the local orientation prior; None: search everywhere
+
+    @property
+    def coarse_step(self) -> float:
+        """Degrees between coarse orientations."""
+        return sphere.angular_step(self.order)
+
+    @property
+    def step(self) -> float:
+        """Degrees between oversampled orientations."""
+        return self.coarse_step / 2**self.oversampling
+
+    @property
+    def fine_offset_step(self) -> float:
+        """Å between oversampled shifts."""
+        return self.offset_step / 2**self.oversampling
+
+    def perturbed(self, generator: torch.Generator) -> Sampling:
+        """The same with the next random perturbation."""
+        return replace(self, instance=sphere.next_perturbation(self.instance, self.factor, generator))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The samples themselves. Coarse orientation o = direction · n_psi + psi; 8^q children each."""
+
+    sampling: Sampling
+    pixels: Tensor  # (d,) NEST indices of the directions kept
+    n_psi: int
+    perturbation: Tensor  # (3, 3)
+    shifts: Tensor  # (t, 2) Å coarse, without perturbation: where priors are evaluated
+    table: Tensor  # (12·4^order, 2) rot, tilt of all coarse directions
+    fine_table: Tensor  # (12·4^(order+q), 2) the same for children
+
+    @property
+    def directions(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def orientations(self) -> int:
+        return self.directions * self.n_psi
+
+    @property
+    def children(self) -> int:
+        """Fine orientations of a coarse one."""
+        return 8**self.sampling.oversampling
+
+    @property
+    def shift_children(self) -> int:
+        """Fine shifts of a coarse one."""
+        return 4**self.sampling.oversampling
+
+    def coarse_shifts(self) -> Tensor:
+        """(t, 2) Å, perturbed."""
+        return self.shifts + self.sampling.instance * self.sampling.offset_step
+
+    def fine_shifts(self) -> Tensor:
+        """(t·4^q, 2) Å, perturbed; the children of a coarse shift are consecutive."""
+        s = self.sampling
+        return (sphere.fine_shifts(self.shifts, s.offset_step, s.oversampling) + s.instance * s.offset_step).reshape(-1, 2)
+
+    def coarse_rotations(self, orientation: Tensor) -> Tensor:
+        """(n, 3, 3) float64 rotations of coarse orientations (n,)."""
+        o = orientation.to(self.pixels.device)
+        rot_tilt = self.table[self.pixels[o // self.n_psi]]
+        psi = (o % self.n_psi).double() * (360.0 / self.n_psi)
+        return euler_to_matrix(torch.cat([rot_tilt, psi[:, None]], -1)) @ self.perturbation
+
+    def fine_rotations(self, orientation: Tensor, child: Tensor) -> Tensor:
+        """(n, 3, 3) float64 rotations of children (n,) of coarse orientations (n,)."""
+        o, q = orientation.to(self.pixels.device), self.sampling.oversampling
+        child = child.to(o)
+        rot_tilt = self.fine_table[self.pixels[o // self.n_psi] * 4**q + child // 2**q]
+        step = 360.0 / self.n_psi
+        psi = (o % self.n_psi).double() * step + step * (((child % 2**q).double() + 0.5) / 2**q - 0.5)
+        return euler_to_matrix(torch.cat([rot_tilt, psi[:, None]], -1)) @ self.perturbation
+
+    def first_half(self) -> Tensor:
+        """Coarse orientations with psi < 180° (direction-major): the other half are their complex conjugates."""
+        o = torch.arange(self.orientations).reshape(self.directions, self.n_psi)
+        return o[:, : self.n_psi // 2].reshape(-1)
+
+
+def make_grid(sampling: Sampling) -> Grid:
+    """The grid of some sampling settings."""
+    return Grid(
+        sampling=sampling,
+        pixels=kept_directions(sampling.group, sampling.order),
+        n_psi=len(sphere.psi_angles(sampling.coarse_step)),
+        perturbation=sphere.perturbation_matrix(sampling.instance, sampling.order),
+        shifts=sphere.shift_grid(sampling.offset_range, sampling.offset_step),
+        table=sphere.directions(sampling.order),
+        fine_table=sphere.directions(sampling.order + sampling.oversampling),
+    )
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Coarse orientations near each particle's prior rotation, sorted by orientation."""
+
+    image: Tensor  # (m,) int64
+    orientation: Tensor  # (m,) int64
+    log_prior: Tensor  # (m,) float64, normalised a particle
+
+
+def neighbours(grid: Grid, prior: Tensor, reference_form: bool = False) -> Neighbours:
+    """Local search lists around prior rotations (b, 3, 3), spec 2.5.
+
+    A grid orientation counts when its direction is within 3σ of the prior's and its in-plane angle, relative to the prior
+    rotation carried to that direction without twist, is within 3σ; both minimal over symmetry mates, Gaussian weights in each.
+    reference_form: psi compared as plain angles and without the mate (RELION's form, kept for tests of parity).
+    """
+    sigma = grid.sampling.sigma
+    if sigma is None:
+        raise ValueError("neighbours needs a sampling with a local prior (sigma)")
+    mates = torch.einsum("nij,gjk->ngik", prior, operators(grid.sampling.group))
+    n, g = mates.shape[:2]
+    kept = grid.table[grid.pixels]
+    vectors = sphere.direction_vectors(kept)
+    tree = cKDTree(vectors.numpy())
+    views = mates[:, :, 2].reshape(-1, 3)
+    reach = 2 * np.sin(np.radians(min(3 * sigma, 180.0)) / 2)
+    lists = tree.query_ball_point(views.numpy(), reach)
+    counts = np.fromiter((len(x) for x in lists), np.int64, len(lists))
+    missing = np.nonzero(counts.reshape(n, g).sum(1) == 0)[0]
+    for i in missing:  # nothing in reach: the single nearest direction over all mates
+        distance, nearest = tree.query(mates[i, :, 2].numpy())
+        best = int(distance.argmin())
+        lists[i * g + best] = [int(nearest[best])]
+        counts[i * g + best] = 1
+    mate = torch.repeat_interleave(torch.arange(n * g), torch.from_numpy(counts))
+    direction = torch.from_numpy(np.concatenate([np.asarray(x, np.int64) for x in lists]))
+    image = mate // g
+    cosine = (views[mate] * vectors[direction]).sum(-1).clamp(-1, 1)
+    delta = torch.rad2deg(torch.acos(cosine))
+
+    rot_tilt = kept[direction]
+    untwisted = euler_to_matrix(torch.cat([rot_tilt, torch.zeros(len(direction), 1, dtype=torch.float64)], -1))
+    target = mates.reshape(-1, 3, 3)[mate]
+    if reference_form:
+        original = prior[image]
+        psi0 = torch.rad2deg(torch.atan2(original[:, 1, 2], -original[:, 0, 2]))
+    else:  # the psi that makes A(direction, psi) nearest to the mate: maximises trace(Rz(psi) B Tᵀ)
+        m = untwisted @ target.transpose(-1, -2)
+        psi0 = torch.rad2deg(torch.atan2(m[:, 1, 0] - m[:, 0, 1], m[:, 0, 0] + m[:, 1, 1]))
+        psi0 = torch.where(m[:, 0, 0] + m[:, 1, 1] == 0, torch.zeros_like(psi0), psi0)
+    return _with_psi(grid, image, direction, delta, psi0, n, sigma)
+
+
+def _with_psi(grid: Grid, image: Tensor, direction: Tensor, delta: Tensor, psi0: Tensor, n: int, sigma: float) -> Neighbours:
+    """Cross directions (per image) with the in-plane angles within 3σ of psi0; weights, duplicates merged, normalised."""
+    step = 360.0 / grid.n_psi
+    reach = max(0, int(np.floor(3 * sigma / step)) + 1)
+    ladder = torch.arange(-reach, reach + 1)
+    nearest = torch.floor(psi0 / step + 0.5).long()
+    index = nearest[:, None] + ladder
+    twist = index * step - psi0[:, None]
+    near = (twist.abs() < 3 * sigma) | (ladder == 0)
+    weight = -0.5 * (delta[:, None] ** 2 + twist**2) / sigma**2
+    orientation = direction[:, None] * grid.n_psi + index % grid.n_psi
+    flat_image = image[:, None].expand_as(index)[near]
+    key = orientation[near] * n + flat_image
+    # The same orientation through two mates (near a symmetry axis) counts once, with the larger weight.
+    unique, where = torch.unique(key, return_inverse=True)
+    log_prior = torch.full((len(unique),), -torch.inf, dtype=torch.float64).scatter_reduce(0, where, weight[near], "amax")
+    image_of = unique % n
+    total = torch.zeros(n, dtype=torch.float64).index_add_(0, image_of, log_prior.exp())
+    return Neighbours(image_of, unique // n, log_prior - total[image_of].log())

@@ -1,0 +1,195 @@
+"""From particle images to the pixels the likelihood sees: normalise, pre-shift, mask, transform, cut the window (spec 1.2–1.6, 2.4)."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frazil.data import Optics, Particles
+from frazil.maths.ctf import ctf, odd_phase
+from frazil.maths.fourier import PixelList, full_half_plane, image_from_ft, image_ft, pixel_list, shell_round
+from frazil.maths.masks import mask_images
+from frazil.refine.model import Model
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the computation is done: everything that is neither model, sampling nor data."""
+
+    diameter: float  # Å, particle mask
+    mask_edge: float = 5.0  # px
+    zero_mask: bool = True
+    pad: float = 2.0
+    fraction: float = 0.999  # posterior mass kept
+    max_significant: int = -1
+    correct_norm: bool = True
+    correct_scale: bool = True
+    ctf_mode: str = "normal"
+    relion_form: bool = False  # RELION 5's own offset prior, local prior and fine window: for tests of parity (CONVENTIONS.md)
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    implementation: str | None = None  # of the ops; None: by device
+    budget: int = 4 << 30  # bytes of working memory
+    seed: int = 0
+
+    @property
+    def complex(self) -> torch.dtype:
+        return torch.complex64 if self.dtype == torch.float32 else torch.complex128
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What particles of one optics group share in an iteration."""
+
+    optics: Optics
+    pixels: PixelList  # of the group's own box and window
+    inside: int  # leading pixels whose slice position lies within the reference's sphere
+    coords: Tensor  # (inside, 2) cycles per model box: where a slice is sampled
+    k: Tensor  # (inside, 2) 1/Å
+    amplitude: float  # slice values of the model, times this, are the group's: 1/u²
+    scale: float  # u = N_g a_g / (N_m a_m)
+    full_index: Tensor  # half-plane pixels of the whole transform, and
+    full_lengths: list[int]  # how many a shell
+
+    def coarse_inside(self, size: int) -> int:
+        """Leading pixels of the coarse window, `size` being that of the model."""
+        return min(self.inside, self.pixels.count_inside(group_size(self.optics, self.scale, size)))
+
+
+def group_size(optics: Optics, scale: float, size: int) -> int:
+    """Window side of an optics group for a model window `size` (spec 1.1)."""
+    return min(optics.box, 2 * math.ceil(scale * size / 2 - 1e-9))
+
+
+def make_frame(optics: Optics, size: int, box: int, pixel_size: float, engine: Engine) -> Frame:
+    """Frame of an optics group for a model window of side `size` in a box of `box` px of `pixel_size` Å."""
+    u = optics.box * optics.pixel_size / (box * pixel_size)
+    u = 1.0 if abs(u - 1) < 1e-6 else u
+    own = group_size(optics, u, size)
+    if engine.relion_form:  # its images are one ring of pixels larger than the references
+        own = min(optics.box, own + 2)
+    pixels = pixel_list(optics.box, own, engine.device)
+    magnify = torch.tensor(optics.magnification, dtype=torch.float64, device=engine.device).reshape(2, 2)
+    coords = pixels.k()[: pixels.inside] @ magnify.T / u
+    # A slice position may leave the reference's sphere when boxes differ or the magnification is not 1: end before the first.
+    outside = torch.nonzero(coords.norm(dim=-1) > size / 2 + 1e-9)
+    inside = int(outside[0]) if len(outside) else pixels.inside
+    index, shell = full_half_plane(optics.box)
+    return Frame(
+        optics=optics,
+        pixels=pixels,
+        inside=inside,
+        coords=coords[:inside].to(engine.dtype),
+        k=pixels.k()[:inside] / (optics.box * optics.pixel_size),
+        amplitude=1.0 / u**2,
+        scale=u,
+        full_index=index.to(engine.device),
+        full_lengths=torch.bincount(shell, minlength=optics.box // 2 + 1).tolist(),
+    )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A batch of particles, cut to the window of an iteration."""
+
+    masked: Tensor  # (b, inside) complex, masked images
+    unmasked: Tensor  # (b, inside) complex
+    gain: Tensor  # (b, inside) real: s·c (or s·c² for premultiplied data): model = gain · slice
+    data_gain: Tensor  # (b, inside) real: s·c (or s): what multiplies the image in the numerator
+    weight_gain: Tensor  # (b, inside) real: s²c²: in the denominator
+    power: Tensor  # (b, N_g/2+1) float64 power of the masked image a shell, whole shells
+    window_power: Tensor  # (b, n_g/2+1) float64 the same inside the window
+    pre_shift: Tensor  # (b, 2) Å, applied already
+    pre_shift_px: Tensor  # (b, 2) px
+
+
+def pre_shift_images(images: Tensor, shift_px: Tensor) -> Tensor:
+    """(b, N, N) images moved by whole pixels (b, 2) xy, zeros where nothing comes in (spec 1.4)."""
+    n = images.shape[-1]
+    line = torch.arange(n, device=images.device)
+    x, y = (line - shift_px[:, i, None].long() for i in (0, 1))
+    ok = ((y >= 0) & (y < n))[:, :, None] & ((x >= 0) & (x < n))[:, None, :]
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return torch.where(ok, images[batch, y.clamp(0, n - 1)[:, :, None], x.clamp(0, n - 1)[:, None, :]], 0)
+
+
+def mask_radius(optics: Optics, engine: Engine) -> float:
+    """Radius in px of the particle mask; a diameter ≤ 0 means the whole box less the edge (spec 2.4)."""
+    diameter = engine.diameter if engine.diameter > 0 else (optics.box - engine.mask_edge) * optics.pixel_size
+    return diameter / (2 * optics.pixel_size)
+
+
+def noise_images(sigma2: Tensor, box: int, seeds: list[int], device: str, dtype: torch.dtype) -> Tensor:
+    """(b, N, N) Gaussian noise of a spectrum (variance per component, a shell), one seed each: the fill outside a mask."""
+    half = torch.arange(box // 2 + 1, dtype=torch.float64)
+    ky = torch.fft.fftfreq(box, 1 / box, dtype=torch.float64)
+    shell = shell_round(torch.hypot(ky[:, None], half[None])).long().clamp(max=box // 2)
+    sd = sigma2.cpu().sqrt()[shell]
+    out = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        out.append(image_from_ft(torch.complex(*(torch.randn(2, *sd.shape, generator=generator, dtype=torch.float64) * sd)), box))
+    return torch.stack(out).to(device=device, dtype=dtype)
+
+
+def prepare_images(images: Tensor, particles: Particles, index: Tensor, optics: Optics, model: Model, engine: Engine, group: int):
+    """Normalised, aberration-corrected, pre-shifted images: (unmasked transform, masked transform, pre-shift in px).
+
+    `index` (b,) are rows of `particles`, `images` their pixels. The odd aberration is removed before anything is cut out in
+    real space, so that the mask sees the particle where it is.
+    """
+    x = images.to(device=engine.device, dtype=engine.dtype)
+    if engine.correct_norm:
+        factor = model.norm_average / particles.norm[index]
+        x = x * factor.to(x)[:, None, None]
+    if optics.beam_tilt != (0.0, 0.0) or optics.odd_zernike:
+        n = optics.box
+        ky = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64)
+        kx = torch.arange(n // 2 + 1, dtype=torch.float64)
+        grid = torch.stack(torch.broadcast_tensors(kx[None], ky[:, None]), -1).reshape(-1, 2) / (n * optics.pixel_size)
+        phase = odd_phase(grid, optics).reshape(n, -1)
+        x = image_from_ft(image_ft(x) * torch.polar(torch.ones_like(phase), -phase).to(device=x.device, dtype=engine.complex), n)
+    shift = shell_round(particles.shift[index] / optics.pixel_size)
+    x = pre_shift_images(x, shift.to(x.device))
+    noise = None
+    if not engine.zero_mask:
+        noise = noise_images(model.sigma2[group], optics.box, [engine.seed + int(i) for i in index], engine.device, engine.dtype)
+    masked = mask_images(x, mask_radius(optics, engine), engine.mask_edge, noise)
+    return image_ft(x), image_ft(masked), shift
+
+
+def particle_ctf(particles: Particles, index: Tensor, k: Tensor, optics: Optics, engine: Engine) -> Tensor:
+    """(b, p) CTF of particles at k (p, 2) in 1/Å."""
+    at = [getattr(particles, f)[index].to(k.device) for f in ("defocus", "phase_shift", "b_factor", "ctf_scale")]
+    return ctf(k, *at, optics, mode=engine.ctf_mode).to(engine.dtype)
+
+
+def make_windows(images: Tensor, particles: Particles, index: Tensor, frame: Frame, model: Model, engine: Engine, group: int) -> Windows:
+    """The batch `index` of particles (all of optics group `group`), ready for the E-step."""
+    optics, p = frame.optics, frame.pixels
+    plain, masked, shift = prepare_images(images, particles, index, optics, model, engine, group)
+    flat = masked.reshape(len(index), -1)
+    window = flat[:, p.index]
+    c = particle_ctf(particles, index, frame.k, optics, engine)
+    s = model.scales[particles.micrograph[index]].clamp(min=0.001).to(c)[:, None] if engine.correct_scale else c.new_ones(len(index), 1)
+    gain = s * c * (c if optics.ctf_premultiplied else 1)
+    shells = torch.bincount(p.shell.cpu(), minlength=p.size // 2 + 1).tolist()
+    return Windows(
+        masked=window[:, : frame.inside].contiguous(),
+        unmasked=plain.reshape(len(index), -1)[:, p.index[: frame.inside]],
+        gain=gain * frame.amplitude,
+        data_gain=(s.expand_as(c) if optics.ctf_premultiplied else s * c) * frame.amplitude,
+        weight_gain=(s * c * frame.amplitude) ** 2,
+        power=shell_power(flat[:, frame.full_index], frame.full_lengths),
+        window_power=shell_power(window, shells),
+        pre_shift=shift * optics.pixel_size,
+        pre_shift_px=shift,
+    )
+
+
+def shell_power(values: Tensor, lengths: list[int]) -> Tensor:
+    """(b, shells) float64 Σ|X|² of (b, p) complex values whose pixels are sorted by shell, `lengths` pixels each."""
+    power = torch.view_as_real(values).square().sum(-1)
+    return torch.stack([part.sum(-1, dtype=torch.float64) for part in power.split(lengths, dim=1)], -1)

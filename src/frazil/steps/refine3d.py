@@ -1,0 +1,276 @@
+"""Gold-standard auto-refinement: two halves refined apart, joined at the end (spec/refinement 3, 4.1, 4.5).
+
+`refine3d` yields a frozen State an iteration; anything can be resumed from any of them. The mathematics is in refine/.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from frazil.data import Images, Particles, Volume
+from frazil.maths.filters import lowpass_map, lowpass_weights
+from frazil.maths.fourier import resolution_shell
+from frazil.maths.fsc import corrected_fsc
+from frazil.maths.symmetry import operators
+from frazil.refine import maximization as m_step
+from frazil.refine.accuracy import expected_accuracy
+from frazil.refine.convergence import Progress, after_changes, after_maximization, changes, coarse_window, is_converged, next_sampling, window_size
+from frazil.refine.expectation import expectation
+from frazil.refine.initial import initial_noise, split_halves
+from frazil.refine.model import Model, Poses, Statistics
+from frazil.refine.sampling import Grid, Sampling, make_grid
+from frazil.refine.windows import Engine
+
+ACCURACY_PARTICLES = 100
+
+
+def _field(default, text: str, unit: str = "", level: str = "expert", **limits):
+    return Field(default, description=text, json_schema_extra={"unit": unit, "level": level}, **limits)
+
+
+class Refine3dParams(BaseModel):
+    """Gold-standard auto-refinement of one map from particles and a rough reference."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    initial_lowpass: float = _field(60.0, "low-pass filter of the reference before the first iteration", "Å", "basic", gt=0)
+    symmetry: str = _field("C1", "point group of the particle: Cn, Dn, T, O, I, I1 to I4", level="basic")
+    diameter: float = _field(-1.0, "diameter of the circular mask on the particles; -1: the box less the mask's edge", "Å", "basic")
+    healpix_order: int = _field(2, "HEALPix order of the first coarse orientation grid (2: 15 degrees, 7.5 oversampled)", ge=0, le=7)
+    local_from_order: int = _field(4, "order from which each particle searches only near its last orientation (4: 3.7 degrees coarse)", ge=1, le=8)
+    offset_range: float = _field(5.0, "range of the first shift search", "px", gt=0)
+    offset_step: float = _field(2.0, "coarse step of the first shift search", "px", gt=0)
+    oversampling: int = _field(1, "times the coarse grid is halved in the fine pass", ge=1, le=3)
+    firstiter_cc: bool = _field(True, "first iteration by cross-correlation: the reference need not be on the particles' grey scale")
+    tau_fudge: float = _field(1.0, "factor on the signal prior; above 1 the resolution shown during the run is inflated", gt=0)
+    low_resolution_join: float = _field(40.0, "the halves share their signal up to this resolution, so that they keep one orientation", "Å", gt=0)
+    zero_mask: bool = _field(True, "fill the particles outside the mask with zeros, not with noise")
+    flatten_solvent: bool = _field(True, "mask the references between iterations: given mask, or sphere of the diameter")
+    solvent_correct_fsc: bool = _field(False, "use the mask-corrected FSC of the halves during refinement (needs a mask)")
+    pad: float = _field(2.0, "padding of Fourier volumes", ge=1, le=4)
+    mask_edge: float = _field(5.0, "width of soft mask edges", "px", ge=0)
+    perturb: float = _field(0.5, "random perturbation of the sampling each iteration, in coarse steps; 0: none", ge=0, le=1)
+    sigma_offset: float = _field(10.0, "first standard deviation of the shifts", "Å", gt=0)
+    adaptive_fraction: float = _field(0.999, "posterior mass of the coarse samples that go to the fine pass", gt=0, le=1)
+    max_significant: int = _field(-1, "most coarse samples a particle may take to the fine pass; -1: no limit")
+    norm: bool = _field(True, "estimate a norm correction for every particle")
+    scale: bool = _field(True, "estimate a scale for every micrograph")
+    ctf_intact_first_peak: bool = _field(False, "leave the CTF 1 before its first peak")
+    max_order: int | None = _field(None, "finest coarse HEALPix order to go to; none: as the accuracy asks")
+    iterations: int = _field(999, "iterations after which an unconverged run stops, without joining the halves", ge=1)
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything there is after an iteration (iteration 0: before the first)."""
+
+    progress: Progress
+    sampling: Sampling
+    models: tuple[Model, Model]
+    particles: Particles
+    poses: Poses
+    seconds: dict[str, float] = field(default_factory=dict)
+    joined: Model | None = None  # the final map and its spectra
+    unfiltered: tuple[Tensor, Tensor] | None = None  # final half maps, unregularised, independent at all resolutions
+    failed: int = 0  # particles with no usable posterior
+
+
+@dataclass(frozen=True)
+class Job:
+    """What does not change during a refinement."""
+
+    images: Images
+    params: Refine3dParams
+    engine: Engine
+    mask: Tensor | None = None  # solvent mask (N, N, N) in [0, 1]
+    mask2: Tensor | None = None
+    tick: Callable[[int], None] = lambda done: None  # particles done in this iteration; may raise to stop
+
+
+def make_engine(params: Refine3dParams, *, device: str = "cpu", dtype: torch.dtype = torch.float32, budget: int = 4 << 30, **more) -> Engine:
+    """Engine settings of a refinement."""
+    return Engine(
+        diameter=params.diameter, mask_edge=params.mask_edge, zero_mask=params.zero_mask, pad=params.pad, fraction=params.adaptive_fraction,
+        max_significant=params.max_significant, correct_norm=params.norm, correct_scale=params.scale,
+        ctf_mode="intact_first_peak" if params.ctf_intact_first_peak else "normal", device=device, dtype=dtype, budget=budget, **more,
+    )  # fmt: skip
+
+
+def initial_state(job: Job, particles: Particles, reference: Volume) -> State:
+    """Iteration 0: halves, low-passed reference, first noise spectra and priors."""
+    p, n = job.params, reference.data.shape[-1]
+    particles = split_halves(particles, job.engine.seed)
+    particles = replace(particles, prior_rotation=None)
+    first = lowpass_map(reference.data.to(job.engine.dtype), reference.pixel_size, p.initial_lowpass)
+    sampling = Sampling(
+        order=p.healpix_order, offset_range=p.offset_range * reference.pixel_size, offset_step=p.offset_step * reference.pixel_size,
+        oversampling=p.oversampling, group=p.symmetry, factor=p.perturb,
+    )  # fmt: skip
+    if p.healpix_order >= p.local_from_order:
+        sampling = replace(sampling, sigma=2 * sampling.step)
+    directions = make_grid(sampling).directions
+    shells = torch.zeros(1, n // 2 + 1, dtype=torch.float64)
+    noise = initial_noise(job.images, particles, (n, reference.pixel_size), job.engine)
+    model = Model(
+        maps=first[None], pixel_size=reference.pixel_size, sigma2=noise, scales=torch.ones(len(particles.micrographs), dtype=torch.float64),
+        norm_average=float(particles.norm.mean()), sigma_offset=p.sigma_offset, pdf_class=torch.ones(1, dtype=torch.float64),
+        pdf_direction=torch.full((1, directions), 1 / directions, dtype=torch.float64), tau2=shells, data_vs_prior=shells.clone(),
+        fsc=shells[0].clone(), sigma2_map=shells.clone(), coverage=shells.clone(),
+    )  # fmt: skip
+    start = Progress(iteration=0, shell=resolution_shell(n, reference.pixel_size, p.initial_lowpass))
+    poses = replace(Poses.empty(len(particles)), rotation=particles.rotation, shift=particles.shift, norm=particles.norm)
+    return State(start, sampling, (model, model), particles, poses)
+
+
+def refine3d(job: Job, start: State) -> Iterator[State]:
+    """States after each iteration, the last one converged with `joined` and `unfiltered` set (unless the iterations run out)."""
+    state = start
+    while not state.progress.converged and state.progress.iteration < job.params.iterations:
+        state = iterate(job, state)
+        yield state
+
+
+def iterate(job: Job, state: State) -> State:
+    """One iteration of spec 4.1."""
+    p, progress, sampling, models = job.params, state.progress, state.sampling, state.models
+    iteration = progress.iteration + 1
+    last = is_converged(progress)
+    cc = iteration == 1 and p.firstiter_cc
+    box, pixel_size = models[0].box, models[0].pixel_size
+    size = window_size(progress, box, everything=last)
+    generator = torch.Generator().manual_seed(job.engine.seed + iteration)
+    if not cc:
+        progress = replace(progress, **accuracies(job, state, size, generator))
+    if iteration > 1 and not last:
+        progress, sampling, changed = next_sampling(progress, sampling, p.local_from_order, p.max_order)
+        if changed:
+            models = tuple(with_uniform_directions(m, sampling) for m in models)
+    coarse = coarse_window(sampling, box, pixel_size, p.diameter, size)
+    sampling = sampling.perturbed(generator)
+    progress = replace(progress, iteration=iteration, size=size, coarse_size=coarse, converged=last)
+    statistics, poses, seconds = expect(job, state.particles, models, make_grid(sampling), (size, coarse), cc)
+    moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(p.symmetry))
+    progress = after_changes(progress, *moved, sampling)
+    particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
+    return maximize(job, replace(state, progress=progress, sampling=sampling, particles=particles, poses=poses, seconds=seconds), models, statistics, cc)
+
+
+def accuracies(job: Job, state: State, size: int, generator: torch.Generator) -> dict[str, float]:
+    """Expected accuracies from up to 100 random particles of half 1 at their present poses (before the first E-step: none known)."""
+    if state.progress.iteration == 0:
+        return {}
+    half = torch.nonzero(state.particles.half == 1)[:, 0]
+    some = half[torch.randperm(len(half), generator=generator)[:ACCURACY_PARTICLES]]
+    rotation, shift = expected_accuracy(state.particles[some], state.models[0], 0, job.engine, size, generator)
+    return {"accuracy_rotation": rotation, "accuracy_shift": shift}
+
+
+def with_uniform_directions(model: Model, sampling: Sampling) -> Model:
+    """The model with a flat direction prior for another sampling."""
+    n = make_grid(sampling).directions
+    return replace(model, pdf_direction=model.pdf_class[:, None] * torch.full((1, n), 1 / n, dtype=torch.float64))
+
+
+class _Half:
+    """The images of one half set, by their number in it."""
+
+    def __init__(self, images: Images, members: Tensor) -> None:
+        self._images, self._members = images, members
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self._images[self._members[index]]
+
+
+def expect(
+    job: Job, particles: Particles, models: tuple[Model, Model], grid: Grid, sizes: tuple[int, int], cc: bool
+) -> tuple[list[Statistics], Poses, dict[str, float]]:
+    """E-step of both halves. Sums wait in host memory where two pairs of volumes do not fit the device's budget."""
+    poses, seconds, statistics, before = Poses.empty(len(particles)), {}, [], 0
+    for h in (1, 2):
+        members = torch.nonzero(particles.half == h)[:, 0]
+        tick = lambda done, before=before: job.tick(before + done)  # noqa: E731
+        some, part, clock = expectation(_Half(job.images, members), particles[members], models[h - 1], grid, job.engine, sizes, cc=cc, tick=tick)
+        poses.put_(members, part)
+        statistics.append(parked(job.engine, some))
+        seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
+        before += len(members)
+    return statistics, poses, seconds
+
+
+def parked(engine: Engine, s: Statistics) -> Statistics:
+    """Statistics with their volumes in host memory if a GPU cannot hold three such pairs."""
+    if engine.device == "cpu" or 3 * (s.data.nbytes + s.weight.nbytes) < engine.budget:
+        return s
+    return replace(s, data=s.data.cpu(), weight=s.weight.cpu())
+
+
+def maximize(job: Job, state: State, models: tuple[Model, ...], statistics: list[Statistics], cc: bool) -> State:
+    """The M-step: join, FSC, maps, parameters (spec 3.6)."""
+    p, engine, progress = job.params, job.engine, state.progress
+    box, pixel_size, pad, device = models[0].box, models[0].pixel_size, p.pad, engine.device
+    shared_shell = math.ceil(box * pixel_size / max(p.low_resolution_join, box * pixel_size / progress.shell))
+    sums, low = [], []
+    for s in statistics:
+        data, weight = m_step.prepare_sums(s.data[0].to(device), s.weight[0].to(device), p.symmetry, engine.implementation)
+        low.append(m_step.low_resolution_part(data, weight, pad, shared_shell))
+        sums.append((data.to(s.data.device), weight.to(s.weight.device)))
+    unfiltered = None
+    if progress.converged or p.solvent_correct_fsc:
+        raw = [m_step.reconstruct(d.to(device, copy=True), w.to(device), None, pad, box, engine.dtype)[0].cpu() for d, w in sums]
+        unfiltered = (raw[0], raw[1]) if progress.converged else None
+    averages = []
+    for (data, weight), mine, other in zip(sums, low, low[::-1], strict=True):
+        m_step.join_low_resolution_(data, weight, *((x[0].to(data.device), x[1].to(data.device)) for x in (mine, other)), pad, shared_shell)
+        averages.append(m_step.averages(data.to(device), weight.to(device), pad))
+    fsc = m_step.fsc_of_averages(*averages, box)
+    if p.solvent_correct_fsc and job.mask is not None:
+        fsc = solvent_corrected(raw, job.mask, progress.size, job.engine.seed + progress.iteration)
+    updated = [update(job, model, s, state.particles, h, cc) for h, (model, s) in enumerate(zip(models, statistics, strict=True), 1)]
+    progress = replace(progress, ave_pmax=updated[0].ave_pmax)
+    joined = None
+    if progress.converged:
+        (data, weight), (data2, weight2) = sums
+        joined = new_map(job, updated[0], (data + data2).to(device), (weight + weight2).to(device), fsc, cc, joined=True)
+        ssnr = joined.data_vs_prior[0]
+    maps = [new_map(job, model, d.to(device), w.to(device), fsc, cc, joined=False) for model, (d, w) in zip(updated, sums, strict=True)]
+    if joined is None:
+        ssnr = maps[0].data_vs_prior[0]
+    initial_shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else None
+    progress = after_maximization(progress, fsc, ssnr, box, pixel_size, initial_shell)
+    return replace(state, progress=progress, models=(maps[0], maps[1]), joined=joined, unfiltered=unfiltered)
+
+
+def solvent_corrected(raw: list[Tensor], mask: Tensor, size: int, seed: int) -> Tensor:
+    """Mask-corrected FSC of unregularised halves, zero beyond the window (spec 3.7)."""
+    curve = corrected_fsc(raw[0], raw[1], mask.to(raw[0]), seed=seed).corrected.clone()
+    curve[size // 2 + 1 :] = 0
+    return curve
+
+
+def update(job: Job, model: Model, statistics: Statistics, particles: Particles, half: int, cc: bool) -> Model:
+    """Noise, scales, norm and priors of one half."""
+    per_micrograph = torch.bincount(particles.micrograph[particles.half == half], minlength=len(particles.micrographs)).double()
+    boxes = [o.box for o in particles.optics]
+    return m_step.update_parameters(model, statistics, boxes, per_micrograph, cc=cc, norm=job.params.norm, scale=job.params.scale)
+
+
+def new_map(job: Job, model: Model, data: Tensor, weight: Tensor, fsc: Tensor, cc: bool, *, joined: bool) -> Model:
+    """The model with the map reconstructed from its sums and the spectra that go with it. `data` is used up."""
+    p, box = job.params, model.box
+    sigma2_map = m_step.map_variance(weight, p.pad, box)
+    tau2, ssnr = m_step.gold_standard_spectra(fsc, sigma2_map, p.tau_fudge, joined)
+    density, coverage = m_step.reconstruct(data, weight, tau2, p.pad, box, job.engine.dtype)
+    if cc:
+        density = lowpass_map(density, model.pixel_size, p.initial_lowpass)
+        keep = lowpass_weights(torch.arange(box // 2 + 1, dtype=torch.float64), box, model.pixel_size, p.initial_lowpass).square()
+        tau2, ssnr = tau2 * keep, ssnr * keep
+    if p.flatten_solvent and not joined:
+        density = m_step.flatten_solvent(density, model.pixel_size, p.diameter, p.mask_edge, job.mask, job.mask2)
+    return replace(
+        model, maps=density[None].cpu(), tau2=tau2[None], data_vs_prior=ssnr[None], fsc=fsc, sigma2_map=sigma2_map[None], coverage=coverage[None]
+    )
