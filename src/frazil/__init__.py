@@ -2,8 +2,12 @@
 
 The names below are the public Python interface. They are loaded when first used, so that `import frazil` costs nothing.
 """
+import os
 from importlib import import_module
 from typing import Any
+
+# torch and Numba each have a pool of OpenMP threads; a pool that spins while the other works takes its cores. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

@@ -25,16 +25,17 @@ BOX, PIXEL, LOW = 32, 5.0, 25.0  # 25 Å is shell 6 of 16
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def simulated(symmetry: str = "C1", n: int = 240, optics: list[Optics] | None = None, **settings: float) -> tuple[Phantom, Simulated]:
+def simulated(symmetry: str = "C1", n: int = 200, optics: list[Optics] | None = None, **settings: float) -> tuple[Phantom, Simulated]:
     """A phantom and particles of it, well visible unless said otherwise."""
     shape = phantom(BOX, PIXEL, symmetry, seed=2)
-    chosen = Settings(**{"snr": 1.0, "shift_sd": 5.0, "per_micrograph": 40, "seed": 4, **settings})
+    chosen = Settings(**{"snr": 1.0, "shift_sd": 4.0, "per_micrograph": 40, "seed": 4, **settings})
     return shape, simulate_particles(shape, n, optics or [Optics(PIXEL, BOX)], chosen)
 
 
 def start(made: Simulated, images: ImageStacks | None = None, **params: object) -> tuple[Job, State]:
     """A job on simulated particles that knows no pose, and its state before the first iteration: the low-passed truth."""
-    settings = Refine3dParams(**{"initial_lowpass": LOW, "diameter": 0.75 * BOX * PIXEL, "max_order": 3, "local_from_order": 3, **params})
+    small = {"initial_lowpass": LOW, "diameter": 0.75 * BOX * PIXEL, "offset_range": 3.0, "max_order": 3, "local_from_order": 3}
+    settings = Refine3dParams(**{**small, **params})
     n = len(made.particles)
     eye = torch.eye(3, dtype=torch.float64).expand(n, 3, 3).contiguous()
     blind = replace(made.particles, rotation=eye, shift=torch.zeros(n, 2, dtype=torch.float64))
@@ -59,45 +60,41 @@ def judged(shape: Phantom, made: Simulated, last: State, group: str = "C1") -> t
 
 def test_refinement_finds_the_map_that_true_poses_give():
     shape, made = simulated(scale_sd=0.15)
-    last = refined(made)
+    last = refined(made, max_order=4, local_from_order=4)
     found, best, angle = judged(shape, made, last)
     where = best > 0.5
     assert int(where.sum()) > 10
-    assert (best - found)[where].max() < 0.04
+    assert (best - found)[where].max() < 0.03
     assert angle.median() < 1.5 * max(last.progress.accuracy_rotation, last.sampling.step)
     shift = compare_poses(made.particles, last.particles, operators("C1")).shift
     assert shift.median() < 0.3 * PIXEL
-    # Scales of micrographs of 40 particles, each half on its own.
+    # Scales of micrographs, from 20 particles in each half.
     for model in last.models:
-        assert (model.scales / made.scale - 1).abs().max() < 0.08
+        assert (model.scales / made.scale - 1).abs().max() < 0.07
     assert torch.corrcoef(torch.stack([last.models[0].scales, made.scale]))[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("group", ["C4", "D2", "D7", "T", "O", "I"])
-def test_symmetric_particles(group):
-    shape, made = simulated(group, n=max(48, 320 // len(operators(group))))
-    found, best, angle = judged(shape, made, refined(made, symmetry=group), group)
-    assert (best - found)[best > 0.5].max() < 0.06
-    assert angle.median() < 5.0
-
-
-def test_c1_refinement_of_symmetric_particles_is_the_symmetric_map():
-    shape, made = simulated("D2", n=200)
-    one, four = (refined(made, symmetry=g) for g in ("C1", "D2"))
-    mask = sphere(BOX)
-    a = judged(shape, made, one, "D2")
-    b = judged(shape, made, four, "D2")
-    assert a[0][:9].min() > 0.97 and b[0][:9].min() > 0.97
-    assert plain_fsc(one.models[0].maps[0], four.models[0].maps[0], mask)[:8].min() > 0.95
+def test_symmetric_particles_refine_alike_with_and_without_their_symmetry(group):
+    shape, made = simulated(group, n=200, snr=3.0)
+    runs = {name: refined(made, symmetry=name) for name in ("C1", group)}
+    for name, last in runs.items():
+        found, best, angle = judged(shape, made, last, group)
+        assert found[:9].min() > 0.95 and (best - found)[:9].max() < 0.05, name
+        assert angle.median() < 2 * last.sampling.step, name
+    one, many = runs.values()
+    between = compare_poses(many.particles, one.particles, operators(group))
+    assert between.angle.median() < many.sampling.step
+    assert plain_fsc(one.models[0].maps[0], many.models[0].maps[0], sphere(BOX))[:9].min() > 0.95
 
 
 def test_two_optics_groups_are_as_good_as_one():
-    shape, made = simulated(n=240, optics=[Optics(PIXEL, BOX), Optics(4.5, 40, voltage=200.0, cs=1.4)])
+    shape, made = simulated(optics=[Optics(PIXEL, BOX), Optics(4.5, 40, voltage=200.0, cs=1.4)])
     last = refined(made)
     found, best, angle = judged(shape, made, last)
-    assert (best - found)[best > 0.5].max() < 0.04
+    assert found[:9].min() > 0.92 and (best - found)[:9].max() < 0.06
     for g in range(2):
-        assert angle[made.particles.group == g].median() < 5.0
+        assert angle[made.particles.group == g].median() < 6.0
     assert [len(s) for s in last.models[0].sigma2] == [17, 21]
 
 
@@ -116,15 +113,16 @@ def scrambled(made: Simulated) -> ImageStacks:
 
 @pytest.mark.parametrize("spoil", [noise_only, scrambled])
 def test_noise_gives_no_resolution_beyond_the_initial_lowpass(spoil):
-    _, made = simulated("D2", n=160, snr=0.3)
-    last = refined(made, spoil(made), symmetry="D2", max_order=2, iterations=8)
+    _, made = simulated("D2", n=100)
+    few = {"symmetry": "D2", "max_order": 2, "iterations": 5}
+    last = refined(made, spoil(made), **few)
     curve = last.models[0].fsc
     first = round(BOX * PIXEL / LOW)
     beyond = curve[first + 2 : 15]
     assert beyond.mean().abs() < 0.08 and beyond.max() < 0.3, curve.tolist()
     assert last.progress.shell <= first + 2
     # The same set unspoilt goes far beyond, so the bound above says something.
-    assert refined(made, symmetry="D2", max_order=2, iterations=8).models[0].fsc[first + 2] > 0.4
+    assert refined(made, **few).models[0].fsc[first + 2] > 0.4
 
 
 def run_cli(*arguments: object) -> subprocess.Popen[str]:
@@ -153,8 +151,8 @@ def test_killed_run_resumes_to_the_same_map(tmp_path):
     data = tmp_path / "data"
     finish(run_cli("simulate", "--output", data, "--particles", 160, "--box", BOX, "--pixel-size", PIXEL, "--symmetry", "D2", "--snr", 1,
                    "--lowpass", LOW, "--seed", 4, "--quiet"))  # fmt: skip
-    common = ["refine3d", data / "particles.star", "--reference", data / "reference_lowpass.mrc", "--initial-lowpass", LOW, "--symmetry", "D2",
-              "--diameter", 120, "--local-from-order", 3, "--max-order", 3, "--threads", 1, "--seed", 1]  # fmt: skip
+    common = ["refine3d", data / "particles.star", "--reference", data / "reference_lowpass.mrc", "--initial-lowpass", LOW,
+              "--symmetry", "D2", "--diameter", 120, "--local-from-order", 3, "--max-order", 3, "--threads", 1, "--seed", 1]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert "resolution" in finish(run_cli(*common, "--output", whole))
     process = run_cli(*common, "--output", broken)

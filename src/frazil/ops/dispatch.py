@@ -79,14 +79,15 @@ def _kernel_cache() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*/cpu.py")):
         digest.update(source.read_bytes())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frazil"
-    folder = home / f"numba-{digest.hexdigest()[:12]}"
+    name = f"numba-{digest.hexdigest()[:12]}"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frazil" / name
         folder.mkdir(parents=True, exist_ok=True)
-        usable = os.access(folder, os.W_OK)
-    except OSError:
-        usable = False
-    return str(folder if usable else Path(tempfile.gettempdir()) / f"frazil-{os.getuid()}-{folder.name}")
+        if os.access(folder, os.W_OK):
+            return str(folder)
+    except (OSError, RuntimeError):  # no home, or one that cannot be written
+        pass
+    return tempfile.mkdtemp(prefix=f"frazil-{name}-")  # private to this process: kernels are compiled once more
 
 
 def _prepare_numba() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,8 +20,18 @@ from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.planner import Plan, make_plan
 from frazil.refine.sampling import Grid
 from frazil.refine.search import (
-    Found, Pass, Rows, coarse_global, coarse_local, fine_rows, project_rows, reference_volumes, row_rotations, score_rows, shift_phases, shift_prior,
-)  # fmt: skip
+    Fine,
+    Found,
+    Pass,
+    Slices,
+    coarse_global,
+    coarse_local,
+    fine_pass,
+    make_slices,
+    reference_volumes,
+    shift_phases,
+    shift_prior,
+)
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine, Frame, Windows, make_frame, make_windows
 
@@ -95,7 +105,7 @@ def expectation(
         frame = make_frame(optics, sizes[0], model.box, model.pixel_size, engine)
         plan = make_plan(
             engine.budget, box=model.box, size=sizes[0], pad=engine.pad, classes=model.classes, pixels=frame.inside,
-            shifts=len(grid.shifts) * grid.shift_children, dtype=engine.dtype, on_gpu=engine.device != "cpu",
+            shifts=len(grid.shifts) * grid.shift_children, children=grid.children * grid.shift_children, dtype=engine.dtype, on_gpu=engine.device != "cpu",
         )  # fmt: skip
         sums = sums or new_sums(step, particles.optics, len(particles.micrographs), plan.sum_dtype)
         for index in members.split(plan.images):
@@ -141,88 +151,122 @@ def run_batch(step: Pass, frame: Frame, plan: Plan, particles: Particles, index:
         else:
             keep = significant(coarse.image, coarse.value, len(index), engine.fraction, engine.max_significant, left_out).keep
             coarse, log_orientation = coarse[keep], log_orientation[keep]
-        significant_samples = torch.bincount(coarse.image, minlength=len(index))
-    for lo, hi in sub_batches(coarse, len(index), step.grid.children, plan.pairs):
+    batch = Batch(particles, index, group, windows, y, q, shift_log, inverse)
+    for lo, hi in sub_batches(coarse, len(index), plan.entries):
         mine = (coarse.image >= lo) & (coarse.image < hi)
         some = coarse[mine]
         some = Found(some.image - lo, some.orientation, some.shift, some.value)
-        part = fine_batch(
-            step, frame, plan, some, log_orientation[mine], _slice(windows, lo, hi), y[lo:hi], q[lo:hi], shift_log[lo:hi], inverse, sums,
-            particles, index[lo:hi], group, significant_samples[lo:hi],
-        )  # fmt: skip
-        poses.put_(index[lo:hi], part)
+        poses.put_(index[lo:hi], fine_batch(step, frame, plan, some, log_orientation[mine], batch[lo:hi], sums))
 
 
-def _slice(windows: Windows, lo: int, hi: int) -> Windows:
-    return Windows(**{name: value[lo:hi] for name, value in vars(windows).items()})
-
-
-def sub_batches(coarse: Found, images: int, children: int, rows: int) -> list[tuple[int, int]]:
-    """Ranges of images whose fine rows stay under `rows` (a single image always fits: it is chunked again)."""
-    counts = torch.bincount(torch.unique(coarse.image * (1 << 40) + coarse.orientation) >> 40, minlength=images).cpu() * children
-    ends = counts.cumsum(0).tolist()
+def sub_batches(coarse: Found, images: int, entries: int) -> list[tuple[int, int]]:
+    """Ranges of images with at most so many significant coarse samples (one image at least)."""
+    ends = torch.bincount(coarse.image, minlength=images).cumsum(0).tolist()
     out, lo, base = [], 0, 0
     for i in range(images):
-        if ends[i] - base > rows and i > lo:
+        if ends[i] - base > entries and i > lo:
             out.append((lo, i))
             lo, base = i, ends[i - 1]
     return [*out, (lo, images)]
 
 
-def fine_batch(
-    step: Pass, frame: Frame, plan: Plan, coarse: Found, log_orientation: Tensor, windows: Windows, y: Tensor, q: Tensor, shift_log: Tensor,
-    inverse: Tensor, sums: Sums, particles: Particles, index: Tensor, group: int, n_significant: Tensor,
-) -> Poses:  # fmt: skip
-    """Pass 2 and the sums of some images. Adds to `sums`; returns their poses."""
-    grid, n = step.grid, len(index)
+@dataclass(frozen=True)
+class Batch:
+    """Particles in work: what the fine pass and the sums need of them."""
+
+    particles: Particles
+    index: Tensor  # (b,) rows of particles
+    group: int  # their optics group
+    windows: Windows
+    y: Tensor
+    q: Tensor
+    shift_log: Tensor
+    inverse: Tensor  # (p,) 1/σ²
+
+    def __getitem__(self, part: slice) -> Batch:
+        windows = Windows(**{name: value[part] for name, value in vars(self.windows).items()})
+        return replace(self, index=self.index[part], windows=windows, y=self.y[part], q=self.q[part], shift_log=self.shift_log[part])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Significant samples of the fine pass, sorted by slice and image: slice, image, fine shift and posterior Γ of each."""
+
+    slice: Tensor
+    image: Tensor
+    shift: Tensor
+    gamma: Tensor  # float64
+
+
+def posterior(step: Pass, fine: Fine, n: int) -> tuple[Weights, Tensor, Tensor, Tensor]:
+    """(weights, log Σ w (n,), best sample's flat index into fine.value (n,), largest Γ (n,))."""
+    entry_size = fine.value[0].numel() if len(fine.value) else 1
+    found = significant(fine.image, fine.value.reshape(len(fine.value), -1), n, step.engine.fraction)
+    log_norm, pmax = found.log_norm, found.pmax
+    if step.cc:  # the single best sample has Γ = 1 (spec 2.8)
+        flat = found.best[found.best >= 0]
+        log_norm = log_norm.index_copy(0, fine.image[flat // entry_size], fine.value.reshape(-1)[flat].double())
+        pmax = torch.ones_like(pmax)
+    else:
+        flat = torch.nonzero(found.keep.reshape(-1))[:, 0]
+    entry, child, small = flat // entry_size, flat // step.grid.shift_children % step.grid.children, flat % step.grid.shift_children
+    image = fine.image[entry]
+    gamma = (fine.value.reshape(-1)[flat].double() - log_norm[image]).exp()
+    which = fine.orientation[entry] * step.grid.children + child
+    order = torch.argsort(which * n + image, stable=True)
+    weights = Weights(which[order], image[order], (fine.shift[entry] * step.grid.shift_children + small)[order], gamma[order])
+    return weights, log_norm, found.best, pmax
+
+
+def fine_batch(step: Pass, frame: Frame, plan: Plan, coarse: Found, log_orientation: Tensor, batch: Batch, sums: Sums) -> Poses:
+    """Pass 2 and the sums of some images. Adds to `sums`; returns their poses (`significant` is left to the caller)."""
+    grid, n, index = step.grid, len(batch), batch.index
+    fine = fine_pass(step, frame, coarse, log_orientation, batch.y, batch.q, batch.shift_log, plan)
     with step.clock("thresholds"):
-        rows = fine_rows(step, coarse, log_orientation, n, shift_log)
-    found = score_rows(step, frame, frame.inside, rows, y, q, grid.fine_shifts(), plan)
-    with step.clock("thresholds"):
-        # In the cross-correlation mode one sample an image is left, and significant gives it the weight 1.
-        posterior = significant(found.image, found.value, n, step.engine.fraction)
-        log_norm = posterior.log_norm
-        best_row, best_shift = found.orientation[posterior.best], found.shift[posterior.best]
-        gamma = (found.value.double() - log_norm[found.image]).exp()
-        found, gamma = found[posterior.keep], gamma[posterior.keep]
+        weights, log_norm, best, pmax = posterior(step, fine, n)
     with step.clock("sums"):
-        per_image = add_samples(step, frame, plan, rows, found, gamma, windows, inverse, sums, group)
-    shifts = grid.fine_shifts()
-    slice_of_best = rows.slice[best_row].cpu()
-    orientation = rows.orientation.cpu()[slice_of_best]
-    rotation = grid.fine_rotations(orientation % grid.orientations, rows.child.cpu()[slice_of_best])
-    shift = windows.pre_shift + shifts[best_shift.cpu()]
-    residual = add_statistics(step, frame, windows, found, gamma, per_image, sums, particles, index, group, orientation_of=rows)
-    norm = particles.norm[index] / step.model.norm_average * (2 * residual).sqrt() if step.engine.correct_norm else particles.norm[index]
-    return Poses(rotation, shift, orientation // grid.orientations, norm, posterior.pmax, n_significant, log_likelihood(step, frame, windows, log_norm, group))
+        per_image = add_samples(step, frame, plan, fine, weights, batch, sums)
+    with step.clock("statistics"):
+        residual = add_statistics(step, frame, fine, weights, per_image, batch, sums)
+    size = grid.children * grid.shift_children
+    entry, child, small = (best // size).cpu(), (best // grid.shift_children % grid.children).cpu(), (best % grid.shift_children).cpu()
+    orientation = fine.slices.orientation[fine.orientation.cpu()[entry] * grid.children]
+    shift = batch.windows.pre_shift + grid.fine_shifts()[fine.shift.cpu()[entry] * grid.shift_children + small]
+    norm = batch.particles.norm[index]
+    if step.engine.correct_norm:
+        norm = norm / step.model.norm_average * (2 * residual).sqrt()
+    return Poses(
+        grid.fine_rotations(orientation % grid.orientations, child), shift, orientation // grid.orientations, norm, pmax,
+        torch.bincount(coarse.image, minlength=n), log_likelihood(step, frame, batch, log_norm),
+    )  # fmt: skip
 
 
-def add_samples(step: Pass, frame: Frame, plan: Plan, rows: Rows, found: Found, gamma: Tensor, windows: Windows, inverse: Tensor, sums: Sums, group: int):
+def add_samples(step: Pass, frame: Frame, plan: Plan, fine: Fine, weights: Weights, batch: Batch, sums: Sums) -> Tensor:
     """Weighted sums of the significant samples, inserted; returns (b, 4) float64 per image: Σ x, Σ |S|²G, and both over the scale's shells."""
-    engine, grid = step.engine, step.grid
-    kept, row = torch.unique(found.orientation, return_inverse=True)
-    shifts = len(grid.shifts) * grid.shift_children
-    weights = torch.zeros(len(kept), shifts, dtype=engine.dtype, device=gamma.device)
-    weights[row, found.shift] = gamma.to(engine.dtype)
-    used, segment = torch.unique_consecutive(rows.slice[kept], return_inverse=True)
-    few = Rows(segment, rows.image[kept], rows.orientation[used], rows.child[used], rows.log_row[kept], rows.log_shift, None, None, 1)
+    engine, grid, w = step.engine, step.grid, batch.windows
     phases = shift_phases(frame, grid.fine_shifts(), frame.inside, engine)
-    shell = frame.pixels.shell[: frame.inside]
-    f, gain2 = windows.masked * windows.gain, windows.gain.square()
-    u, c = windows.unmasked * (windows.data_gain * inverse), windows.weight_gain * inverse
-    n_shells = frame.pixels.size // 2 + 1
-    per_image = torch.zeros(len(f), 4, dtype=torch.float64, device=f.device)
-    for a, b, lo, hi in few.chunks(plan, grid.orientations):
-        k = int(few.orientation[a]) // grid.orientations
-        some = accumulate(
-            project_rows(step, few, a, b, frame.coords), few.slice[lo:hi] - a, few.image[lo:hi], weights[lo:hi], phases, f, gain2, u, c, shell, n_shells,
-            scale_pixels(step, frame, k), implementation=engine.implementation,
+    shell, n_shells = frame.pixels.shell[: frame.inside], frame.pixels.size // 2 + 1
+    arrays = (w.masked * w.gain, w.gain.square(), w.unmasked * (w.data_gain * batch.inverse), w.weight_gain * batch.inverse)
+    used, segment = torch.unique_consecutive(weights.slice, return_inverse=True)
+    slices = Slices(fine.slices.orientation[used.cpu()], fine.slices.child[used.cpu()])
+    key, row = torch.unique_consecutive(segment * len(batch) + weights.image, return_inverse=True)
+    row_slice, row_image = key // len(batch), key % len(batch)
+    table = torch.zeros(len(key), phases.shape[1], dtype=engine.dtype, device=key.device)
+    table[row, weights.shift] = weights.gamma.to(engine.dtype)
+    per_image = torch.zeros(len(batch), 4, dtype=torch.float64, device=key.device)
+    for a, b, lo, hi in slices.chunks(row_slice, plan, grid):
+        k = int(slices.orientation[a]) // grid.orientations
+        some, rotations = make_slices(step, slices, a, b, frame.coords)
+        part = accumulate(
+            some, row_slice[lo:hi] - a, row_image[lo:hi], table[lo:hi], phases, *arrays, shell, n_shells, scale_pixels(step, frame, k),
+            implementation=engine.implementation,
         )  # fmt: skip
-        with step.clock("insert"):
-            rotations = row_rotations(step, few, a, b)
-            insert_(sums.data[k], sums.weight[k], some.data, some.weight, rotations, frame.coords, engine.pad, implementation=engine.implementation)
-        sums.sigma2[group][:n_shells] += (some.power - 2 * some.cross).cpu()
-        per_image.index_add_(0, few.image[lo:hi], some.rows.double())
+        insert_(sums.data[k], sums.weight[k], part.data, part.weight, rotations, frame.coords, engine.pad, implementation=engine.implementation)
+        sums.sigma2[batch.group][:n_shells] += (part.power - 2 * part.cross).cpu()
+        per_image.index_add_(0, row_image[lo:hi], part.rows.double())
     return per_image
 
 
@@ -233,37 +277,37 @@ def scale_pixels(step: Pass, frame: Frame, k: int) -> Tensor:
     return good[shell.clamp(max=len(good) - 1)]
 
 
-def add_statistics(
-    step: Pass, frame: Frame, windows: Windows, found: Found, gamma: Tensor, per_image: Tensor, sums: Sums, particles: Particles, index: Tensor,
-    group: int, orientation_of: Rows,
-) -> Tensor:  # fmt: skip
+def add_statistics(step: Pass, frame: Frame, fine: Fine, weights: Weights, per_image: Tensor, batch: Batch, sums: Sums) -> Tensor:
     """Noise, priors, offsets and scales (spec 3.8); returns (b,) float64 residual power S_i for the norm correction."""
-    grid, n = step.grid, len(index)
-    total = torch.zeros(n, dtype=torch.float64, device=gamma.device).index_add_(0, found.image, gamma.double())
-    n_shells = windows.window_power.shape[1]
-    beyond = windows.power[:, n_shells:]
-    sums.sigma2[group][:n_shells] += (windows.window_power * total[:, None]).sum(0).cpu()
+    grid, n, w, group, particles = step.grid, len(batch), batch.windows, batch.group, batch.particles
+    gamma = weights.gamma
+    total = torch.zeros(n, dtype=torch.float64, device=gamma.device).index_add_(0, weights.image, gamma)
+    n_shells = w.window_power.shape[1]
+    beyond = w.power[:, n_shells:]
+    sums.sigma2[group][:n_shells] += (w.window_power * total[:, None]).sum(0).cpu()
     sums.sigma2[group][n_shells:] += beyond.sum(0).cpu()
     sums.sigma2_weight[group] += float(total.sum())
-    orientation = orientation_of.orientation.to(gamma.device)[orientation_of.slice[found.orientation]]
+    orientation = fine.slices.orientation[weights.slice.cpu()]
     flat = orientation // grid.orientations * grid.directions + orientation % grid.orientations // grid.n_psi
-    sums.direction.view(-1).index_add_(0, flat.cpu(), gamma.double().cpu())
-    centre = torch.zeros(n, 2, dtype=torch.float64) if particles.prior_shift is None else particles.prior_shift[index]
-    moved = (windows.pre_shift - centre)[found.image.cpu()] + grid.fine_shifts()[found.shift.cpu()]
-    sums.offset2 += float((gamma.double().cpu() * moved.square().sum(-1)).sum())
-    s = step.model.scales[particles.micrograph[index]].clamp(min=0.001)
+    sums.direction.view(-1).index_add_(0, flat, gamma.cpu())
+    centre = torch.zeros(n, 2, dtype=torch.float64) if particles.prior_shift is None else particles.prior_shift[batch.index]
+    moved = (w.pre_shift - centre)[weights.image.cpu()] + grid.fine_shifts()[weights.shift.cpu()]
+    sums.offset2 += float((gamma.cpu() * moved.square().sum(-1)).sum())
+    micrograph = particles.micrograph[batch.index]
+    s = step.model.scales[micrograph].clamp(min=0.001)
     each = per_image.cpu()
-    sums.scale_cross.index_add_(0, particles.micrograph[index], each[:, 2] / s)
-    sums.scale_power.index_add_(0, particles.micrograph[index], each[:, 3] / s**2)
-    inside = (windows.window_power.sum(1) * total).cpu() - 2 * each[:, 0] + each[:, 1]
+    sums.scale_cross.index_add_(0, micrograph, each[:, 2] / s)
+    sums.scale_power.index_add_(0, micrograph, each[:, 3] / s**2)
+    inside = (w.window_power.sum(1) * total).cpu() - 2 * each[:, 0] + each[:, 1]
     return inside + beyond.sum(1).cpu()
 
 
-def log_likelihood(step: Pass, frame: Frame, windows: Windows, log_norm: Tensor, group: int) -> Tensor:
+def log_likelihood(step: Pass, frame: Frame, batch: Batch, log_norm: Tensor) -> Tensor:
     """(b,) float64 log Σ w with the terms common to all hypotheses: −½ Σ|X|²/σ² − Σ log 2πσ² over the window's pixels."""
     if step.cc:
         return log_norm.double().cpu()
-    sigma2 = step.model.sigma2[group].to(windows.window_power)[1 : windows.window_power.shape[1]]
+    power = batch.windows.window_power
+    sigma2 = step.model.sigma2[batch.group].to(power)[1 : power.shape[1]]
     count = torch.bincount(frame.pixels.shell, minlength=len(sigma2) + 1)[1:].to(sigma2)
     constant = (count * torch.log(2 * math.pi * sigma2)).sum()
-    return (log_norm.double() - 0.5 * (windows.window_power[:, 1:] / sigma2).sum(1) - constant).cpu()
+    return (log_norm.double() - 0.5 * (power[:, 1:] / sigma2).sum(1) - constant).cpu()

@@ -14,8 +14,8 @@ class Plan:
 
     images: int  # particles in a batch
     slices: int  # fine slices in a chunk
-    rows: int  # rows (slice, image) in a chunk
-    pairs: int  # rows of a sub-batch of images in the fine pass
+    users: int  # what is compared with them in a chunk: rows (slice, image), or entries of the fine pass
+    entries: int  # significant coarse samples whose children are scored at once
     sum_dtype: torch.dtype  # of the back-projected sums
     fixed: int  # bytes of volumes that stay for the whole E-step
     working: int  # bytes left for batches
@@ -27,8 +27,8 @@ def half_volume_bytes(box: int, pad: float, size: int, complex_bytes: int) -> in
     return (2 * m + 1) ** 2 * (m + 1) * complex_bytes
 
 
-def make_plan(budget: int, *, box: int, size: int, pad: float, classes: int, pixels: int, shifts: int, dtype: torch.dtype, on_gpu: bool) -> Plan:
-    """Batch sizes for a budget in bytes: `pixels` in the window, `shifts` fine shifts, references and sums of `classes` classes.
+def make_plan(budget: int, *, box: int, size: int, pad: float, classes: int, pixels: int, shifts: int, children: int, dtype: torch.dtype, on_gpu: bool) -> Plan:
+    """Batch sizes for a budget in bytes: `pixels` in the window, `shifts` fine shifts, `children` of a coarse sample, references and sums of `classes` classes.
 
     The volumes come first; at least 1/20 of the budget (64 MB) is worked in whatever they take. Sums are kept in float64 on a CPU
     where that takes less than half of the budget; a GPU adds with float32 atomics and flushes (see refine/expectation).
@@ -43,8 +43,8 @@ def make_plan(budget: int, *, box: int, size: int, pad: float, classes: int, pix
     return Plan(
         images=max(1, working // 3 // image_bytes),
         slices=max(8, working // 6 // (pixels * 5 * real)),
-        rows=max(256, working // 8 // (shifts * 4 * real)),
-        pairs=max(4096, working // 6 // (shifts * real)),
+        users=max(256, working // 8 // (shifts * 4 * real)),
+        entries=max(1024, working // 6 // (children * (real + 10))),
         sum_dtype=torch.float64 if double else torch.float32,
         fixed=fixed,
         working=working,

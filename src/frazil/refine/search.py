@@ -18,6 +18,7 @@ from frazil.maths.fourier import padded_ft
 from frazil.maths.gridding import sinc2
 from frazil.ops.compare import candidates, compare
 from frazil.ops.project import project
+from frazil.ops.score import score
 from frazil.refine.model import Model
 from frazil.refine.planner import Plan
 from frazil.refine.sampling import Grid, neighbours
@@ -124,122 +125,112 @@ def _near_best(found: Found, images: int, only_best: bool) -> Found:
     return found[first[first < len(found.value)]]
 
 
-def score_rows(
-    step: Pass, frame: Frame, p: int, rows: Rows, y: Tensor, q: Tensor, shifts: Tensor, plan: Plan
-) -> Found:
-    """Candidates among rows (slice, image): score + log prior of every shift, and DEPTH or less below the image's best.
-
-    Found.orientation is the row number.
-    """
-    engine = step.engine
-    phases = shift_phases(frame, shifts, p, engine)
-    y, q = y[:, :p].contiguous(), q[:, :p].contiguous()
-    best = torch.full((len(y),), -torch.inf, dtype=engine.dtype, device=y.device)
-    found = []
-    for a, b, lo, hi in rows.chunks(plan, step.grid.orientations):
-        with step.clock("fine slices"):
-            slices = project_rows(step, rows, a, b, frame.coords[:p])
-        with step.clock("fine products"):
-            image = rows.image[lo:hi]
-            value = compare(slices, rows.slice[lo:hi] - a, image, y, q, phases, cc=step.cc, implementation=engine.implementation)
-        with step.clock("thresholds"):
-            value = value + rows.log_prior(lo, hi)
-            top = value.amax(1)
-            best.scatter_reduce_(0, image, top, "amax")
-            keep = torch.nonzero(top >= best[image] - DEPTH)[:, 0]
-            value, image = value[keep], image[keep]
-            row, t = torch.nonzero(value >= (best[image] - DEPTH)[:, None], as_tuple=True)
-            found.append(Found(image[row], keep[row] + lo, t, value[row, t]))
-    return _near_best(_join(found), len(y), step.cc)
-
-
 @dataclass(frozen=True)
-class Rows:
-    """Comparisons of a slice with an image, sorted by slice. Slices are fine or coarse orientations; prior terms go by row and image."""
+class Slices:
+    """Slices to be made: coarse orientations (with the class: o + class · orientations), each alone or with all its children.
 
-    slice: Tensor  # (r,) int64, into `orientation`/`child`, non-decreasing
-    image: Tensor  # (r,) int64
-    orientation: Tensor  # (s,) int64 coarse orientation + class · orientations
-    child: Tensor | None  # (s,) int64 child of it, None: the coarse orientation itself
-    log_row: Tensor  # (r,) log prior of the row
-    log_shift: Tensor  # (b, t) log prior of the coarse shifts
-    allowed: Tensor | None  # (pairs, t) bool, coarse shifts to consider, and
-    pair: Tensor | None  # (r,) the pair of a row
-    shift_children: int
+    Sorted by class and orientation; what is compared with them refers to them by number and is sorted by it.
+    """
 
-    def log_prior(self, lo: int, hi: int) -> Tensor:
-        """(hi − lo, t·children) log prior of rows lo…hi, −inf where not allowed."""
-        log = self.log_shift[self.image[lo:hi]] + self.log_row[lo:hi, None]
-        if self.allowed is not None and self.pair is not None:
-            log = torch.where(self.allowed[self.pair[lo:hi]], log, -torch.inf)
-        return log.repeat_interleave(self.shift_children, dim=1) if self.shift_children > 1 else log
+    orientation: Tensor  # (s,) int64, CPU
+    child: Tensor | None = None  # (s,) int64: children of a coarse orientation, None: coarse orientations themselves
 
-    def chunks(self, plan: Plan, orientations: int) -> list[tuple[int, int, int, int]]:
-        """(first slice, end slice, first row, end row) of chunks of one class, within the plan's slices and rows (one slice at least)."""
-        ends = torch.bincount(self.slice, minlength=len(self.orientation)).cumsum(0).tolist()
-        klass = (self.orientation // orientations).tolist()
+    def __len__(self) -> int:
+        return len(self.orientation)
+
+    def chunks(self, users: Tensor, plan: Plan, grid: Grid, unit: int = 1) -> list[tuple[int, int, int, int]]:
+        """(first slice, end slice, first user, end user) of chunks of one class within the plan's slices and users.
+
+        users: slice (or group of `unit` slices) of each user, non-decreasing; a single group may exceed the number of users.
+        """
+        groups = len(self) // unit
+        ends = torch.bincount(users, minlength=groups).cumsum(0).tolist()
+        klass = (self.orientation[::unit] // grid.orientations).tolist()
         out, a, lo = [], 0, 0
-        while a < len(klass):
+        while a < groups:
             b = a + 1
-            while b < len(klass) and b - a < plan.slices and ends[b] - lo <= plan.rows and klass[b] == klass[a]:
+            while b < groups and (b - a) * unit < plan.slices and ends[b] - lo <= plan.users and klass[b] == klass[a]:
                 b += 1
-            out.append((a, b, lo, ends[b - 1]))
+            out.append((a * unit, b * unit, lo, ends[b - 1]))
             a, lo = b, ends[b - 1]
         return out
 
-
-def row_rotations(step: Pass, rows: Rows, a: int, b: int) -> Tensor:
-    """(b − a, 3, 3) rotations of the orientations a…b of some rows, on the engine's device."""
-    where = rows.orientation[a:b].cpu() % step.grid.orientations
-    r = step.grid.coarse_rotations(where) if rows.child is None else step.grid.fine_rotations(where, rows.child[a:b].cpu())
-    return r.to(device=step.engine.device, dtype=step.engine.dtype)
+    def rotations(self, grid: Grid, a: int, b: int) -> Tensor:
+        """(b − a, 3, 3) float64 rotations of slices a…b."""
+        where = self.orientation[a:b] % grid.orientations
+        return grid.coarse_rotations(where) if self.child is None else grid.fine_rotations(where, self.child[a:b])
 
 
-def project_rows(step: Pass, rows: Rows, a: int, b: int, coords: Tensor) -> Tensor:
-    """(b − a, p) slices of the orientations a…b of some rows, all of one class."""
-    volume = step.volumes[int(rows.orientation[a]) // step.grid.orientations]
-    return project(volume, row_rotations(step, rows, a, b), coords, step.engine.pad, implementation=step.engine.implementation)
+def make_slices(step: Pass, slices: Slices, a: int, b: int, coords: Tensor) -> tuple[Tensor, Tensor]:
+    """(b − a, p) slices a…b, all of one class, and their rotations on the device."""
+    rotations = slices.rotations(step.grid, a, b).to(device=step.engine.device, dtype=step.engine.dtype)
+    volume = step.volumes[int(slices.orientation[a]) // step.grid.orientations]
+    return project(volume, rotations, coords, step.engine.pad, implementation=step.engine.implementation), rotations
 
 
 def coarse_local(step: Pass, frame: Frame, prior: Tensor, y: Tensor, q: Tensor, shift_log: Tensor, plan: Plan) -> tuple[Found, Tensor]:
-    """Candidates among the neighbours of each particle's prior rotation, pass 1; also their orientation priors."""
+    """Every coarse sample near each particle's prior rotation that may be significant, pass 1; also their orientation priors."""
     grid, engine = step.grid, step.engine
-    near = neighbours(grid, prior, engine.relion_form)
-    k = step.model.classes
-    image, o = near.image.repeat(k), near.orientation.repeat(k) + torch.arange(k).repeat_interleave(len(near.image)) * grid.orientations
-    log = near.log_prior.repeat(k) + step.model.pdf_class.log().cpu().repeat_interleave(len(near.image))
-    unique, inverse = torch.unique(o, return_inverse=True)
-    order = torch.argsort(inverse, stable=True)
-    place = [t.to(engine.device) for t in (inverse[order], image[order], log[order].to(engine.dtype))]
-    rows = Rows(place[0], place[1], unique, None, place[2], shift_log, None, None, 1)
+    with step.clock("neighbours"):
+        near = neighbours(grid, prior, engine.relion_form)
+        k = step.model.classes
+        image, o = near.image.repeat(k), near.orientation.repeat(k) + torch.arange(k).repeat_interleave(len(near.image)) * grid.orientations
+        log = near.log_prior.repeat(k) + step.model.pdf_class.log().cpu().repeat_interleave(len(near.image))
+        unique, row_slice = torch.unique(o, return_inverse=True)
+        order = torch.argsort(row_slice, stable=True)
+        slices = Slices(unique)
+        row_slice, image, log = (t[order].to(engine.device) for t in (row_slice, image, log.to(engine.dtype)))
     p = frame.coarse_inside(step.coarse_size)
-    found = score_rows(step, frame, p, rows, y, q, grid.coarse_shifts(), plan)
-    row = found.orientation
-    return Found(found.image, unique.to(row.device)[rows.slice[row]], found.shift, found.value), rows.log_row[row]
+    phases = shift_phases(frame, grid.coarse_shifts(), p, engine)
+    y, q = y[:, :p].contiguous(), q[:, :p].contiguous()
+    best = torch.full((len(y),), -torch.inf, dtype=engine.dtype, device=y.device)
+    found = []
+    for a, b, lo, hi in slices.chunks(row_slice, plan, grid):
+        with step.clock("coarse slices"):
+            some = make_slices(step, slices, a, b, frame.coords[:p])[0]
+        with step.clock("coarse products"):
+            value = compare(some, row_slice[lo:hi] - a, image[lo:hi], y, q, phases, cc=step.cc, implementation=engine.implementation)
+        with step.clock("thresholds"):
+            value += shift_log[image[lo:hi]]
+            value += log[lo:hi, None]
+            best.scatter_reduce_(0, image[lo:hi], value.amax(1), "amax")
+            row, t = torch.nonzero(value >= (best[image[lo:hi]] - DEPTH)[:, None], as_tuple=True)
+            found.append(Found(image[lo:hi][row], row + lo, t, value[row, t]))
+    near_best = _near_best(_join(found), len(y), step.cc)
+    row = near_best.orientation
+    return Found(near_best.image, unique.to(row.device)[row_slice[row]], near_best.shift, near_best.value), log[row]
 
 
-def fine_rows(step: Pass, found: Found, log_orientation: Tensor, images: int, shift_log: Tensor) -> Rows:
-    """Rows of the children of significant coarse samples: all children of an orientation, of a shift only where it was significant."""
-    grid = step.grid
-    key = found.orientation * images + found.image
-    pairs, inverse = torch.unique(key, return_inverse=True)
-    allowed = torch.zeros(len(pairs), len(grid.shifts), dtype=torch.bool, device=key.device)
-    allowed[inverse, found.shift] = True
-    log_pair = torch.zeros(len(pairs), dtype=log_orientation.dtype, device=key.device)
-    log_pair[inverse] = log_orientation
-    orientation, segment = torch.unique_consecutive(pairs // images, return_inverse=True)
-    child = torch.arange(grid.children, device=key.device)
-    slice_of = (segment[:, None] * grid.children + child).reshape(-1)
-    order = torch.argsort(slice_of, stable=True)
-    pair = order // grid.children
-    return Rows(
-        slice=slice_of[order],
-        image=(pairs % images)[pair],
-        orientation=orientation.repeat_interleave(grid.children),
-        child=child.repeat(len(orientation)),
-        log_row=log_pair[pair],
-        log_shift=shift_log,
-        allowed=allowed,
-        pair=pair,
-        shift_children=grid.shift_children,
-    )
+@dataclass(frozen=True)
+class Fine:
+    """All children of significant coarse samples (entries, sorted by orientation, image and shift) and their log-posteriors."""
+
+    slices: Slices  # the children of the distinct orientations
+    orientation: Tensor  # (n,) number of an entry's orientation among the distinct ones
+    image: Tensor  # (n,)
+    shift: Tensor  # (n,) coarse
+    value: Tensor  # (n, C, c) score + priors
+
+
+def fine_pass(step: Pass, frame: Frame, coarse: Found, log_orientation: Tensor, y: Tensor, q: Tensor, shift_log: Tensor, plan: Plan) -> Fine:
+    """Pass 2: the children of significant coarse samples in the fine window."""
+    grid, engine, p = step.grid, step.engine, frame.inside
+    with step.clock("thresholds"):
+        order = torch.argsort(coarse.image, stable=True)
+        order = order[torch.argsort(coarse.orientation[order], stable=True)]
+        coarse, prior = coarse[order], log_orientation[order]
+        distinct, orientation = torch.unique_consecutive(coarse.orientation, return_inverse=True)
+        slices = Slices(distinct.cpu().repeat_interleave(grid.children), torch.arange(grid.children).repeat(len(distinct)))
+        prior = prior + shift_log[coarse.image, coarse.shift]
+        phases = shift_phases(frame, grid.fine_shifts(), p, engine)
+        sizes = (grid.children, grid.shift_children)
+        value = torch.empty(len(prior), *sizes, dtype=engine.dtype, device=prior.device)
+    for a, b, lo, hi in slices.chunks(orientation, plan, grid, unit=grid.children):
+        with step.clock("fine slices"):
+            some = make_slices(step, slices, a, b, frame.coords)[0]
+        with step.clock("fine products"):
+            value[lo:hi] = score(
+                some, orientation[lo:hi] - a // grid.children, coarse.image[lo:hi], coarse.shift[lo:hi], prior[lo:hi], y, q, phases,
+                children=sizes, cc=step.cc, implementation=engine.implementation,
+            )  # fmt: skip
+    return Fine(slices, orientation, coarse.image, coarse.shift, value)

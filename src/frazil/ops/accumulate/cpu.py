@@ -1,4 +1,4 @@
-"""`accumulate` on CPUs: torch (MKL) for A = Γ E in chunks of rows that stay in cache, one Numba loop for everything else.
+"""`accumulate` on CPUs: A = Γ E in chunks of rows that stay in cache (MKL, or shift by shift where Γ is sparse), one Numba loop for the rest.
 
 Threads own pixels, not slices: no two write to the same place however the rows are spread over the slices, D, W and the shell
 sums do not depend on the number of threads, and nothing is copied. Complex arrays are read as floats, re and im interleaved.
@@ -15,6 +15,7 @@ from torch import Tensor
 from frazil.ops.dispatch import numba_threads
 
 WORK_BYTES = 8 << 20  # of A
+SPARSE = 0.3  # below this share of non-zero weights, A is summed shift by shift
 LOOSE = {"reassoc", "contract", "nsz", "arcp"}  # sums may be reordered; infinities and NaN keep their meaning
 
 
@@ -22,6 +23,20 @@ def _floats(x: Tensor) -> NDArray:
     """(n, 2p) view of a complex (n, p) tensor."""
     x = x.resolve_conj().contiguous()
     return torch.view_as_real(x).reshape(len(x), -1).numpy()
+
+
+@njit(parallel=True, fastmath=LOOSE, cache=True)
+def _mix(weights, right, out):  # noqa: ANN001, ANN202
+    """out = weights @ right for weights that are mostly zero: a posterior has few shifts once it is sharp."""
+    for r in prange(len(weights)):
+        row = out[r]
+        row[:] = 0
+        for t in range(weights.shape[1]):
+            g = weights[r, t]
+            if g != 0:
+                e = right[t]
+                for j in range(len(row)):
+                    row[j] += g * e[j]
 
 
 @njit(parallel=True, fastmath=LOOSE, cache=True)
@@ -80,7 +95,10 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     for first in range(0, n, chunk):
         m = min(chunk, n - first)
         here = slice(first, first + m)
-        torch.mm(weights[here], right, out=a[:m])
+        if float(torch.count_nonzero(weights[here])) < SPARSE * weights[here].numel():
+            _mix(weights[here].numpy(), right.numpy(), a[:m].numpy())
+        else:
+            torch.mm(weights[here], right, out=a[:m])
         _fold(a[:m].numpy(), gamma[here], row_s[here], row_i[here], *fixed, part[:, :m].numpy())
         torch.sum(part[:, :m], 0, out=rows[here])
     return data, weight, pixels[0], pixels[1], rows

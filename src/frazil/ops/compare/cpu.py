@@ -282,7 +282,7 @@ def select(order, start, value, left_out, fraction, limit, keep, log_norm, best,
         v, w, m, total = np.empty(len(rows) * shifts, np.float64), np.empty(len(rows) * shifts, np.float64), 0, left_out[i]
         for r in rows:
             for t in range(shifts):
-                if value[r, t] >= top - 60:  # the rest is below 1e-26 of the largest
+                if value[r, t] >= top - 40:  # the rest is below 1e-17 of the largest
                     v[m], w[m] = value[r, t], np.exp(np.float64(value[r, t]) - top)
                     total += w[m]
                     m += 1

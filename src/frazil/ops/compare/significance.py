@@ -67,7 +67,7 @@ def _on_device(image: Tensor, value: Tensor, rest: Tensor, fraction: float, limi
     nobody = len(flat)
     first = (flat == top[owner]) & ~flat.isneginf()
     best = torch.full((n,), nobody, device=flat.device).scatter_reduce_(0, owner[first], first.nonzero()[:, 0], "amin")
-    near = ((flat >= top[owner] - 60) & ~flat.isneginf()).nonzero()[:, 0]
+    near = ((flat >= top[owner] - 40) & ~flat.isneginf()).nonzero()[:, 0]
     near = near[torch.argsort(flat[near], descending=True, stable=True)]
     near = near[torch.argsort(owner[near], stable=True)]
     whose = owner[near]

@@ -93,13 +93,6 @@ def _insert(data, weight, m, edges, matrices, kx, ky, slices, slice_weights):
             for first in range(0, p, BLOCK):
                 count = min(BLOCK, p - first)
                 locate(matrices[i], kx, ky, first, count, m, voxel, fx, fy, fz, sign)
-                if strips == 1:
-                    for t in range(count):
-                        j, v = first + t, np.int64(voxel[t])
-                        im = d[2 * j + 1] * sign[t]
-                        scatter_rows(target, target_weight, v, row, fx[t], fy[t], one - fz[t], d[2 * j], im, w[j])
-                        scatter_rows(target, target_weight, v + plane, row, fx[t], fy[t], fz[t], d[2 * j], im, w[j])
-                    continue
                 mine = 0
                 for t in range(count):  # those with at least one plane here, without a branch
                     take[mine] = t
