@@ -113,7 +113,7 @@ def test_accumulate_is_the_adjoint_of_compare(implementation: str, rng: torch.Ge
     score = compare(slices, *pair, args["unmasked"], args["inverse"], args["phases"], implementation="reference")
     (args["weights"] * score).sum().backward()
     found = run(args, implementation)
-    torch.testing.assert_close((found.data - 2 * found.weight * args["slices"]).cpu(), slices.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.data.cpu() - 2 * found.weight.cpu() * args["slices"], slices.grad, rtol=1e-12, atol=1e-12)
     # And the inner product itself: Σ Γ cross = Re <S, D>, which F = U makes the sum of `cross` too.
     same = run({**args, "masked": args["unmasked"], "gain": args["inverse"]}, implementation)
     inner = (args["slices"].conj() * same.data.cpu()).real.sum()

@@ -93,7 +93,7 @@ def test_triton_is_as_exact_as_torch(kernel_size, device, half_volume, rotations
     fast = project(v.to(device), r.to(device), k.to(device), 2.0, implementation="triton").cpu()
     assert relative_error(fast, exact) <= 2 * relative_error(plain, exact)
     double = project(v.to(device, torch.complex128), r.to(device), k.to(device), 2.0, implementation="triton").cpu()
-    assert relative_error(double, exact) < 1e-14
+    assert relative_error(double, exact) < 3e-14  # positions of up to 180 carry 180 × 2e-16 of rounding, and weights more
 
 
 def test_triton_gives_zero_out_of_reach(device, half_volume, rotations):

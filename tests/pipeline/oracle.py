@@ -94,4 +94,4 @@ def sphere(box: int, radius: float = 0.42, edge: float = 0.06) -> Tensor:
 
 def moved_truth(shape: Phantom, difference: PoseDifference, box: int, pixel_size: float) -> Tensor:
     """(N, N, N) the phantom where the refinement has put it, exactly."""
-    return density(shape.moved(difference), box, pixel_size).data.double()
+    return density(shape.moved(difference.rotation, difference.translation), box, pixel_size).data.double()

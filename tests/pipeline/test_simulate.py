@@ -207,8 +207,9 @@ def test_poses_are_compared_modulo_symmetry_and_a_common_move():
     wobble = euler_to_matrix(torch.tensor([[0.0, 0.3, 0.0]], dtype=torch.float64))
     mates = group[torch.randint(4, (60,), generator=rng)]
     moved = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    shift = true.shift + torch.einsum("nij,j->ni", true.rotation[:, :2], moved)
-    found = type(true)(**{**true.__dict__, "rotation": wobble @ true.rotation @ turn @ mates, "shift": shift})
+    mate = true.rotation @ mates  # as true as the true rotation
+    shift = true.shift + torch.einsum("nij,j->ni", mate[:, :2], moved)
+    found = type(true)(**{**true.__dict__, "rotation": wobble @ mate @ turn, "shift": shift})
     left = compare_poses(true, found, group)
     assert abs(float(left.angle.median()) - 0.3) < 0.05
     assert rotation_angle(left.rotation, turn) < 0.2
@@ -216,9 +217,8 @@ def test_poses_are_compared_modulo_symmetry_and_a_common_move():
     assert left.shift.max() < 1e-6
     # The moved phantom is what those poses see.
     shape = phantom(32, 4.0, seed=9)
-    exact = type(left)(turn, moved, left.angle, left.shift)
-    before = project_phantom(shape, true.rotation[:1], FLAT)[0]
-    after = project_phantom(shape.moved(exact), true.rotation[:1] @ turn, FLAT)[0]
+    before = project_phantom(shape, mate[:1], FLAT)[0]
+    after = project_phantom(shape.moved(turn, moved), mate[:1] @ turn, FLAT)[0]
     k = frequencies(32) / 128
     ramp = torch.exp(-2j * math.pi * (k @ (shift - true.shift)[0]))
     assert (before * ramp - after).abs().max() < 1e-4 * before.abs().max()

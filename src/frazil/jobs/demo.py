@@ -61,7 +61,7 @@ def compare(params: Params, run: Run) -> tuple[dict[str, float], PoseDifference]
     i, j = match_by_image_name(true, posed)
     difference = compare_poses(true.particles[i], posed.particles[j], operators(params.symmetry))
     shape = phantom(params.box, params.pixel_size, params.symmetry, run.seed)
-    truth = density(shape.moved(difference), params.box, params.pixel_size)
+    truth = density(shape.moved(difference.rotation, difference.translation), params.box, params.pixel_size)
     scale = read_map(data / "reference.mrc").data.norm() / truth.data.norm()
     write_mrc(run.file("truth_moved.mrc"), truth.data * scale, params.pixel_size)
     mask = soft_sphere(params.box, 0.42 * params.box, 0.06 * params.box)
