@@ -18,12 +18,12 @@ from frazil.ops.compare import significant
 from frazil.ops.insert import insert_
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.planner import Plan, make_plan
+from frazil.refine.posterior import posterior, weighted_rows
 from frazil.refine.sampling import Grid
 from frazil.refine.search import (
     Fine,
     Found,
     Pass,
-    Slices,
     coarse_global,
     coarse_local,
     fine_pass,
@@ -191,77 +191,42 @@ class Batch:
         return len(self.index)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Significant samples of the fine pass, sorted by slice and image: slice, image, fine shift and posterior Γ of each."""
-
-    slice: Tensor
-    image: Tensor
-    shift: Tensor
-    gamma: Tensor  # float64
-
-
-def posterior(step: Pass, fine: Fine, n: int) -> tuple[Weights, Tensor, Tensor, Tensor]:
-    """(weights, log Σ w (n,), best sample's flat index into fine.value (n,), largest Γ (n,))."""
-    entry_size = fine.value[0].numel() if len(fine.value) else 1
-    found = significant(fine.image, fine.value.reshape(len(fine.value), -1), n, step.engine.fraction)
-    log_norm, pmax = found.log_norm, found.pmax
-    if step.cc:  # the single best sample has Γ = 1 (spec 2.8)
-        flat = found.best[found.best >= 0]
-        log_norm = log_norm.index_copy(0, fine.image[flat // entry_size], fine.value.reshape(-1)[flat].double())
-        pmax = torch.ones_like(pmax)
-    else:
-        flat = torch.nonzero(found.keep.reshape(-1))[:, 0]
-    entry, child, small = flat // entry_size, flat // step.grid.shift_children % step.grid.children, flat % step.grid.shift_children
-    image = fine.image[entry]
-    gamma = (fine.value.reshape(-1)[flat].double() - log_norm[image]).exp()
-    which = fine.orientation[entry] * step.grid.children + child
-    order = torch.argsort(which * n + image, stable=True)
-    weights = Weights(which[order], image[order], (fine.shift[entry] * step.grid.shift_children + small)[order], gamma[order])
-    return weights, log_norm, found.best, pmax
-
-
 def fine_batch(step: Pass, frame: Frame, plan: Plan, coarse: Found, log_orientation: Tensor, batch: Batch, sums: Sums) -> Poses:
     """Pass 2 and the sums of some images. Adds to `sums`; returns their poses (`significant` is left to the caller)."""
     grid, n, index = step.grid, len(batch), batch.index
     fine = fine_pass(step, frame, coarse, log_orientation, batch.y, batch.q, batch.shift_log, plan)
-    with step.clock("thresholds"):
-        weights, log_norm, best, pmax = posterior(step, fine, n)
+    with step.clock("posterior"):
+        post = posterior(step, fine, n)
     with step.clock("sums"):
-        per_image = add_samples(step, frame, plan, fine, weights, batch, sums)
+        per_image = add_samples(step, frame, plan, fine, post.gamma, batch, sums)
     with step.clock("statistics"):
-        residual = add_statistics(step, frame, fine, weights, per_image, batch, sums)
+        residual = add_statistics(step, frame, fine, post.gamma, per_image, batch, sums)
     size = grid.children * grid.shift_children
-    entry, child, small = (best // size).cpu(), (best // grid.shift_children % grid.children).cpu(), (best % grid.shift_children).cpu()
+    entry, child, small = (x.cpu() for x in (post.best // size, post.best // grid.shift_children % grid.children, post.best % grid.shift_children))
     orientation = fine.slices.orientation[fine.orientation.cpu()[entry] * grid.children]
     shift = batch.windows.pre_shift + grid.fine_shifts()[fine.shift.cpu()[entry] * grid.shift_children + small]
     norm = batch.particles.norm[index]
     if step.engine.correct_norm:
         norm = norm / step.model.norm_average * (2 * residual).sqrt()
     return Poses(
-        grid.fine_rotations(orientation % grid.orientations, child), shift, orientation // grid.orientations, norm, pmax,
-        torch.bincount(coarse.image, minlength=n), log_likelihood(step, frame, batch, log_norm),
+        grid.fine_rotations(orientation % grid.orientations, child), shift, orientation // grid.orientations, norm, post.pmax,
+        torch.bincount(coarse.image, minlength=n), log_likelihood(step, frame, batch, post.log_norm),
     )  # fmt: skip
 
 
-def add_samples(step: Pass, frame: Frame, plan: Plan, fine: Fine, weights: Weights, batch: Batch, sums: Sums) -> Tensor:
+def add_samples(step: Pass, frame: Frame, plan: Plan, fine: Fine, gamma: Tensor, batch: Batch, sums: Sums) -> Tensor:
     """Weighted sums of the significant samples, inserted; returns (b, 4) float64 per image: Σ x, Σ |S|²G, and both over the scale's shells."""
     engine, grid, w = step.engine, step.grid, batch.windows
     phases = shift_phases(frame, grid.fine_shifts(), frame.inside, engine)
     shell, n_shells = frame.pixels.shell[: frame.inside], frame.pixels.size // 2 + 1
     arrays = (w.masked * w.gain, w.gain.square(), w.unmasked * (w.data_gain * batch.inverse), w.weight_gain * batch.inverse)
-    used, segment = torch.unique_consecutive(weights.slice, return_inverse=True)
-    slices = Slices(fine.slices.orientation[used.cpu()], fine.slices.child[used.cpu()])
-    key, row = torch.unique_consecutive(segment * len(batch) + weights.image, return_inverse=True)
-    row_slice, row_image = key // len(batch), key % len(batch)
-    table = torch.zeros(len(key), phases.shape[1], dtype=engine.dtype, device=key.device)
-    table[row, weights.shift] = weights.gamma.to(engine.dtype)
-    per_image = torch.zeros(len(batch), 4, dtype=torch.float64, device=key.device)
+    slices, row_slice, row_image, weights = weighted_rows(fine, gamma, len(batch), phases.shape[1])
+    per_image = torch.zeros(len(batch), 4, dtype=torch.float64, device=gamma.device)
     for a, b, lo, hi in slices.chunks(row_slice, plan, grid):
         k = int(slices.orientation[a]) // grid.orientations
         some, rotations = make_slices(step, slices, a, b, frame.coords)
         part = accumulate(
-            some, row_slice[lo:hi] - a, row_image[lo:hi], table[lo:hi], phases, *arrays, shell, n_shells, scale_pixels(step, frame, k),
+            some, row_slice[lo:hi] - a, row_image[lo:hi], weights[lo:hi], phases, *arrays, shell, n_shells, scale_pixels(step, frame, k),
             implementation=engine.implementation,
         )  # fmt: skip
         insert_(sums.data[k], sums.weight[k], part.data, part.weight, rotations, frame.coords, engine.pad, implementation=engine.implementation)
@@ -277,22 +242,24 @@ def scale_pixels(step: Pass, frame: Frame, k: int) -> Tensor:
     return good[shell.clamp(max=len(good) - 1)]
 
 
-def add_statistics(step: Pass, frame: Frame, fine: Fine, weights: Weights, per_image: Tensor, batch: Batch, sums: Sums) -> Tensor:
+def add_statistics(step: Pass, frame: Frame, fine: Fine, gamma: Tensor, per_image: Tensor, batch: Batch, sums: Sums) -> Tensor:
     """Noise, priors, offsets and scales (spec 3.8); returns (b,) float64 residual power S_i for the norm correction."""
     grid, n, w, group, particles = step.grid, len(batch), batch.windows, batch.group, batch.particles
-    gamma = weights.gamma
-    total = torch.zeros(n, dtype=torch.float64, device=gamma.device).index_add_(0, weights.image, gamma)
+    by_shift = gamma.sum(1, dtype=torch.float64)  # (entries, c)
+    each_entry = by_shift.sum(1)
+    total = torch.zeros(n, dtype=torch.float64, device=gamma.device).index_add_(0, fine.image, each_entry)
     n_shells = w.window_power.shape[1]
     beyond = w.power[:, n_shells:]
     sums.sigma2[group][:n_shells] += (w.window_power * total[:, None]).sum(0).cpu()
     sums.sigma2[group][n_shells:] += beyond.sum(0).cpu()
     sums.sigma2_weight[group] += float(total.sum())
-    orientation = fine.slices.orientation[weights.slice.cpu()]
+    orientation = fine.slices.orientation[:: grid.children][fine.orientation.cpu()]
     flat = orientation // grid.orientations * grid.directions + orientation % grid.orientations // grid.n_psi
-    sums.direction.view(-1).index_add_(0, flat, gamma.cpu())
+    sums.direction.view(-1).index_add_(0, flat, each_entry.cpu())
     centre = torch.zeros(n, 2, dtype=torch.float64) if particles.prior_shift is None else particles.prior_shift[batch.index]
-    moved = (w.pre_shift - centre)[weights.image.cpu()] + grid.fine_shifts()[weights.shift.cpu()]
-    sums.offset2 += float((gamma.cpu() * moved.square().sum(-1)).sum())
+    shifts = grid.fine_shifts().reshape(-1, grid.shift_children, 2)
+    moved = (w.pre_shift - centre)[fine.image.cpu(), None] + shifts[fine.shift.cpu()]
+    sums.offset2 += float((by_shift.cpu() * moved.square().sum(-1)).sum())
     micrograph = particles.micrograph[batch.index]
     s = step.model.scales[micrograph].clamp(min=0.001)
     each = per_image.cpu()

@@ -5,7 +5,7 @@ statistic of the E-step is an elementwise product with A, since Σ_t Γ conj(S) 
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,39 @@ class Sums:
     rows: Tensor  # (r, 4) real, a row: cross, power over all pixels; the same over scale_pixels
 
 
-def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor, phases: Tensor, masked: Tensor, gain: Tensor,
+@dataclass(frozen=True)
+class EntryWeights:
+    """Γ of r rows kept as it comes from `ops.score`: by entry (pair of orientation and image, coarse shift) and child.
+
+    Row k is child child[k] of pair pair[k]; the pair's entries are start[pair] … start[pair + 1].
+    """
+
+    gamma: Tensor  # (n, C, c) real, zero where a sample does not count
+    shift: Tensor  # (n,) int64 coarse shift of an entry: its children are shift·c …
+    start: Tensor  # (pairs + 1,) int64
+    pair: Tensor  # (r,) int64
+    child: Tensor  # (r,) int64
+    shifts: int  # T
+
+    def __len__(self) -> int:
+        return len(self.pair)
+
+    def __getitem__(self, rows: slice) -> EntryWeights:
+        return replace(self, pair=self.pair[rows], child=self.child[rows])
+
+    def dense(self) -> Tensor:
+        """(r, T) Γ as a table."""
+        count = self.start[self.pair + 1] - self.start[self.pair]
+        row = torch.arange(len(self.pair), device=count.device).repeat_interleave(count)
+        entry = torch.arange(len(row), device=count.device) - (count.cumsum(0) - count)[row] + self.start[self.pair][row]
+        small = self.gamma.shape[2]
+        table = self.gamma.new_zeros(len(self.pair), self.shifts)
+        columns = self.shift[entry, None] * small + torch.arange(small, device=count.device)
+        table[row[:, None], columns] = self.gamma[entry, self.child[row]]
+        return table
+
+
+def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor, gain: Tensor,
                unmasked: Tensor, inverse: Tensor, shell: Tensor, n_shells: int, scale_pixels: Tensor,
                *, implementation: str | None = None) -> Sums:
     """Sums over r (slice, image) rows with posterior weights Γ at T shifts.
@@ -34,16 +66,18 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
         D[s]   += A[r] ∘ U[image_r],                      W[s] += γ[r] C[image_r]                 over the rows of slice s
         x[r]    = Re(conj(S[slice_r]) ∘ F[image_r] ∘ A),  q[r]  = γ[r] |S[slice_r]|² G[image_r]
 
-    slices S (s, p) complex; row_slice ascending, row_image (r,) int64; weights Γ (r, T) real; phases E (p, T) complex;
+    slices S (s, p) complex; row_slice ascending, row_image (r,) int64; weights Γ (r, T) real, or EntryWeights; phases E (p, T) complex;
     masked F = s c X_masked, unmasked U = s c X/σ² (b, p) complex; gain G = s²c², inverse C = s²c²/σ² (b, p) real;
     shell (p,) int64 in [0, n_shells); scale_pixels (p,) bool. x and q are summed by shell over all rows (cross, power), and by
     row over all pixels and over scale_pixels (rows). Raises ValueError for shapes, types or indices that do not fit.
     """
+    if isinstance(weights, EntryWeights) and pick(slices, implementation) == "reference":
+        weights = weights.dense()
     _check(slices, weights, phases, (masked, unmasked), (gain, inverse))
     check_rows(row_slice, row_image, len(slices), len(masked))
     p = slices.shape[1]
     if len(weights) != len(row_slice) or shell.shape != (p,) or scale_pixels.shape != (p,) or scale_pixels.dtype != torch.bool:
-        raise ValueError(f"weights must have {len(row_slice)} rows, shell and scale_pixels (bool) {p} pixels, got {tuple(weights.shape)}, "
+        raise ValueError(f"weights must have {len(row_slice)} rows, shell and scale_pixels (bool) {p} pixels, got {len(weights)}, "
                          f"{tuple(shell.shape)}, {tuple(scale_pixels.shape)} {scale_pixels.dtype}")
     if shell.dtype != torch.int64 or not bool((shell.amin() >= 0) & (shell.amax() < n_shells)):
         raise ValueError(f"shell must be int64 within [0, {n_shells})")
@@ -61,8 +95,11 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     return Sums(data, weight, cross, power, rows)
 
 
-def _check(slices: Tensor, weights: Tensor, phases: Tensor, complexes: tuple[Tensor, Tensor], reals: tuple[Tensor, Tensor]) -> None:
+def _check(slices: Tensor, weights: Tensor | EntryWeights, phases: Tensor, complexes: tuple[Tensor, Tensor],
+           reals: tuple[Tensor, Tensor]) -> None:
     """Shapes, types and devices of the arrays."""
+    if isinstance(weights, EntryWeights):
+        weights = weights.gamma.new_zeros(1, 1).expand(len(weights), weights.shifts)
     flat = slices.ndim == phases.ndim == weights.ndim == 2
     if not flat or phases.shape != (slices.shape[1], weights.shape[1]) or 0 in phases.shape:
         raise ValueError(f"slices (s, p), weights (r, T), phases (p, T) expected, got {tuple(slices.shape)}, {tuple(weights.shape)}, "

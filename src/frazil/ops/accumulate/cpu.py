@@ -1,4 +1,4 @@
-"""`accumulate` on CPUs: A = Γ E in chunks of rows that stay in cache (MKL, or shift by shift where Γ is sparse), one Numba loop for the rest.
+"""`accumulate` on CPUs: A = Γ E in chunks of rows that stay in cache (MKL; sample by sample for EntryWeights), one Numba loop for the rest.
 
 Threads own pixels, not slices: no two write to the same place however the rows are spread over the slices, D, W and the shell
 sums do not depend on the number of threads, and nothing is copied. Complex arrays are read as floats, re and im interleaved.
@@ -12,10 +12,10 @@ from numba import njit, prange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from frazil.ops.accumulate import EntryWeights
 from frazil.ops.dispatch import numba_threads
 
 WORK_BYTES = 8 << 20  # of A
-SPARSE = 0.3  # below this share of non-zero weights, A is summed shift by shift
 LOOSE = {"reassoc", "contract", "nsz", "arcp"}  # sums may be reordered; infinities and NaN keep their meaning
 
 
@@ -26,17 +26,20 @@ def _floats(x: Tensor) -> NDArray:
 
 
 @njit(parallel=True, fastmath=LOOSE, cache=True)
-def _mix(weights, right, out):  # noqa: ANN001, ANN202
-    """out = weights @ right for weights that are mostly zero: a posterior has few shifts once it is sharp."""
-    for r in prange(len(weights)):
-        row = out[r]
+def _mix(gamma, shift, start, pair, child, right, out, total):  # noqa: ANN001, ANN202
+    """out[r] = Σ Γ E over the samples of row r, total[r] = Σ Γ: a posterior has few shifts once it is sharp."""
+    for r in prange(len(pair)):
+        row, j = out[r], child[r]
         row[:] = 0
-        for t in range(weights.shape[1]):
-            g = weights[r, t]
-            if g != 0:
-                e = right[t]
-                for j in range(len(row)):
-                    row[j] += g * e[j]
+        total[r] = 0
+        for e in range(start[pair[r]], start[pair[r] + 1]):
+            for u in range(gamma.shape[2]):
+                g = gamma[e, j, u]
+                if g != 0:
+                    total[r] += g
+                    phase = right[shift[e] * gamma.shape[2] + u]
+                    for k in range(len(row)):
+                        row[k] += g * phase[k]
 
 
 @njit(parallel=True, fastmath=LOOSE, cache=True)
@@ -77,7 +80,7 @@ def _fold(a_rows, gamma, row_slice, row_image, slices, masked, gain, unmasked, i
             pixels[1, lo + j] += sums[2 * j + 1]
 
 
-def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor, phases: Tensor, masked: Tensor, gain: Tensor,
+def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor, gain: Tensor,
                unmasked: Tensor, inverse: Tensor, scale_pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See frazil.ops.accumulate: (D, W, Σ_rows x (p,), Σ_rows q (p,), rows)."""
     threads = numba_threads(numba)
@@ -88,15 +91,18 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     chunk = max(16, WORK_BYTES // (2 * p * gain.element_size()) // 16 * 16)
     blocks = max(1, min(-(-p // 64), max(threads, -(-p // 704))))  # shorter loops lose to their overhead, longer ones leave the cache
     a, part = gain.new_empty(min(chunk, n), 2 * p), gain.new_empty(blocks, min(chunk, n), 4)
-    gamma = weights.sum(1).numpy()
+    gamma_of = gain.new_empty(n) if isinstance(weights, EntryWeights) else weights.sum(1)
+    gamma = gamma_of.numpy()
     row_s, row_i = row_slice.contiguous().numpy(), row_image.contiguous().numpy()
     fixed = (_floats(slices), _floats(masked), gain.contiguous().numpy(), _floats(unmasked), inverse.contiguous().numpy(),
              scale_pixels.to(gain).numpy(), torch.view_as_real(data).view(len(data), 2 * p).numpy(), weight.numpy(), pixels.numpy())
     for first in range(0, n, chunk):
         m = min(chunk, n - first)
         here = slice(first, first + m)
-        if float(torch.count_nonzero(weights[here])) < SPARSE * weights[here].numel():
-            _mix(weights[here].numpy(), right.numpy(), a[:m].numpy())
+        if isinstance(weights, EntryWeights):
+            some = weights[here]
+            arrays = (some.gamma, some.shift, some.start, some.pair, some.child, right, a[:m], gamma_of[here])
+            _mix(*(x.contiguous().numpy() for x in arrays))
         else:
             torch.mm(weights[here], right, out=a[:m])
         _fold(a[:m].numpy(), gamma[here], row_s[here], row_i[here], *fixed, part[:, :m].numpy())

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from frazil.ops.accumulate import EntryWeights
 from frazil.ops.compare.triton import floats, matmul_precision
 
 WORK_BYTES = 1 << 30  # of A, and of the sums of the pieces
@@ -71,7 +72,7 @@ def _pieces(row_slice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return name[owner], torch.cat([start, start.new_full((1,), len(row_slice))]), (number[owner] == 1).int()
 
 
-def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor, phases: Tensor, masked: Tensor, gain: Tensor,
+def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor, gain: Tensor,
                unmasked: Tensor, inverse: Tensor, scale_pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See frazil.ops.accumulate: (D, W, Σ_rows x (p,), Σ_rows q (p,), rows)."""
     n, p = len(row_slice), slices.shape[1]
@@ -79,16 +80,17 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     data, weight = torch.zeros_like(slices.resolve_conj(), memory_format=torch.contiguous_format), gain.new_zeros(slices.shape)
     pixels, rows = torch.zeros(2, p, dtype=torch.float64, device=gain.device), gain.new_empty(n, 4)
     chunk = max(1, min(n, WORK_BYTES // (4 * p * gain.element_size())))
-    a, blocks, gamma = gain.new_empty(chunk, 2 * p), triton.cdiv(p, PIXELS), weights.sum(1)
+    a, blocks = gain.new_empty(chunk, 2 * p), triton.cdiv(p, PIXELS)
     fixed = (floats(slices), floats(masked), gain.contiguous(), floats(unmasked), inverse.contiguous(), scale_pixels.to(gain))
     for first in range(0, n, chunk):
         here = slice(first, min(first + chunk, n))
         m = here.stop - first
+        table = weights[here].dense() if isinstance(weights, EntryWeights) else weights[here]
         with matmul_precision(tf32=False):
-            torch.mm(weights[here], right, out=a[:m])
+            torch.mm(table, right, out=a[:m])
         name, start, alone = _pieces(row_slice[here])
         sums, part = gain.new_empty(2, len(name), p), gain.new_empty(m, blocks, 4)
-        _fold[(len(name), blocks)](a, gamma[here], row_image[here].contiguous(), *fixed, name, start, alone,
+        _fold[(len(name), blocks)](a, table.sum(1), row_image[here].contiguous(), *fixed, name, start, alone,
                                    torch.view_as_real(data), weight, sums[0], sums[1], part, p, BLOCK=PIXELS)
         pixels += sums.sum(1, dtype=torch.float64)
         torch.sum(part, 1, out=rows[here])
