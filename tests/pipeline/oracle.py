@@ -12,7 +12,7 @@ from frazil.maths.fourier import half_volume_radius, image_ft, map_from_half_vol
 from frazil.maths.gridding import sinc2
 from frazil.maths.masks import soft_sphere
 from frazil.ops.insert import insert_
-from frazil.refine.maximization import prepare_sums, wiener
+from frazil.refine.maximization import prepare_sums_, wiener
 from frazil.refine.windows import Engine, make_frame
 from frazil.simulate import ImageStacks, Phantom, PoseDifference, Simulated, density
 
@@ -43,7 +43,7 @@ def sums_of_true_poses(
             gain = ctf(frame.k, *(a[index] for a in about), optics)
             gain = gain * frame.amplitude * made.scale[particles.micrograph[index], None]
             insert_(data, weight, gain * precision * x, gain.square() * precision, particles.rotation[index], frame.coords, PAD)
-    return prepare_sums(data, weight, group)
+    return prepare_sums_(data, weight, group)
 
 
 def plain_map(data: Tensor, weight: Tensor, box: int, tau2: Tensor | None = None) -> Tensor:

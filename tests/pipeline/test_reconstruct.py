@@ -1,5 +1,6 @@
 """Reconstruction from true poses against the phantom (spec/refinement 9.2.0 and 9.2 a)."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tests.pipeline.oracle import PAD, in_sphere, plain_fsc, plain_map, shells, 
 from frazil.data import Optics
 from frazil.refine.maximization import map_variance
 from frazil.simulate import Settings, phantom, simulate_particles
+from frazil.steps.reconstruct import ReconstructParams, make_target, reconstruct_poses
 
 BOX, PIXEL = 32, 4.0
 
@@ -23,6 +25,30 @@ def test_noiseless_map_is_the_phantom():
     a, b = found[mask > 0.5], truth[mask > 0.5]
     assert 0.98 < float((a * b).sum() / b.square().sum()) < 1.02
     assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.9995
+
+
+HARD = Optics(
+    PIXEL, BOX, voltage=200.0, cs=2.0, beam_tilt=(12.0, -9.0), odd_zernike=(0.0, -400.0, 300.0, 0.0, -200.0, 0.0),
+    even_zernike=(0.0, 150.0, 0.0, -120.0), magnification=(1.03, 0.01, 0.005, 0.98),
+)  # fmt: skip
+
+
+def frazils_map(made, particles=None, **params):
+    """What `frazil reconstruct` makes of simulated particles."""
+    target = make_target(made.truth.data.shape[-1], made.truth.pixel_size, ReconstructParams(**params))
+    return reconstruct_poses(made.images, particles or made.particles, target)
+
+
+@pytest.mark.parametrize("optics", [Optics(PIXEL, BOX), HARD], ids=["plain", "aberrations and magnification"])
+def test_frazil_reconstruct_gives_the_phantom(optics):
+    made = simulate_particles(phantom(BOX, PIXEL), 600, [optics], Settings(snr=math.inf, shift_sd=6.0, seed=3))
+    curve = plain_fsc(frazils_map(made), in_sphere(made.truth.data), sphere(BOX))
+    assert curve[:14].min() > 0.998
+    if optics is HARD:  # each aberration matters: without it the map is worse
+        for left_out in ("beam_tilt", "odd_zernike", "even_zernike", "magnification"):
+            wrong = replace(optics, **{left_out: getattr(Optics(1.0), left_out)})
+            spoilt = frazils_map(made, replace(made.particles, optics=(wrong,)))
+            assert plain_fsc(spoilt, in_sphere(made.truth.data), sphere(BOX))[8:14].mean() < curve[8:14].mean() - 0.001, left_out
 
 
 @pytest.mark.parametrize("name", ["C4", "D2", "O"])

@@ -25,16 +25,19 @@ BOX, PIXEL, LOW = 32, 5.0, 25.0  # 25 Å is shell 6 of 16
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def simulated(symmetry: str = "C1", n: int = 200, optics: list[Optics] | None = None, **settings: float) -> tuple[Phantom, Simulated]:
+def simulated(
+    symmetry: str = "C1", n: int = 200, optics: list[Optics] | None = None, box: int = BOX, **settings: float
+) -> tuple[Phantom, Simulated]:
     """A phantom and particles of it, well visible unless said otherwise."""
-    shape = phantom(BOX, PIXEL, symmetry, seed=2)
+    shape = phantom(box, PIXEL, symmetry, seed=2)
     chosen = Settings(**{"snr": 1.0, "shift_sd": 4.0, "per_micrograph": 40, "seed": 4, **settings})
-    return shape, simulate_particles(shape, n, optics or [Optics(PIXEL, BOX)], chosen)
+    return shape, simulate_particles(shape, n, optics or [Optics(PIXEL, box)], chosen)
 
 
 def start(made: Simulated, images: ImageStacks | None = None, **params: object) -> tuple[Job, State]:
     """A job on simulated particles that knows no pose, and its state before the first iteration: the low-passed truth."""
-    small = {"initial_lowpass": LOW, "diameter": 0.75 * BOX * PIXEL, "offset_range": 3.0, "max_order": 3, "local_from_order": 3}
+    small = {"initial_lowpass": LOW, "offset_range": 3.0, "max_order": 3, "local_from_order": 3}
+    small["diameter"] = 0.75 * made.truth.data.shape[-1] * PIXEL
     settings = Refine3dParams(**{**small, **params})
     n = len(made.particles)
     eye = torch.eye(3, dtype=torch.float64).expand(n, 3, 3).contiguous()
@@ -53,8 +56,9 @@ def judged(shape: Phantom, made: Simulated, last: State, group: str = "C1") -> t
     """(FSC to truth, FSC to truth of the map from true poses, angular errors in degrees); the common move of the map is taken out."""
     assert last.progress.converged and last.joined is not None and last.unfiltered is not None
     left = compare_poses(made.particles, last.particles, operators(group))
-    truth = moved_truth(shape, left, BOX, PIXEL)
-    mask = sphere(BOX)
+    box = made.truth.data.shape[-1]
+    truth = moved_truth(shape, left, box, PIXEL)
+    mask = sphere(box)
     return plain_fsc(last.joined.maps[0], truth, mask), plain_fsc(true_pose_map(made, group=group), made.truth.data, mask), left.angle
 
 
@@ -74,18 +78,26 @@ def test_refinement_finds_the_map_that_true_poses_give():
     assert torch.corrcoef(torch.stack([last.models[0].scales, made.scale]))[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("group", ["C4", "D2", "D7", "T", "O", "I"])
+@pytest.mark.parametrize("group", ["C4", "D2", "D7", "T", "O"])
 def test_symmetric_particles_refine_alike_with_and_without_their_symmetry(group):
-    shape, made = simulated(group, n=200, snr=3.0)
+    # Enough views that C1 fills Fourier space too: 200 leave gaps, since equivalent poses crowd into one asymmetric unit.
+    shape, made = simulated(group, n=800, snr=2.0)
     runs = {name: refined(made, symmetry=name) for name in ("C1", group)}
     for name, last in runs.items():
         found, best, angle = judged(shape, made, last, group)
-        assert found[:9].min() > 0.95 and (best - found)[:9].max() < 0.05, name
-        assert angle.median() < 2 * last.sampling.step, name
+        assert found[:9].min() > 0.97 and (best - found)[:9].max() < 0.03, name
+        assert angle.median() < last.sampling.step, name
     one, many = runs.values()
-    between = compare_poses(many.particles, one.particles, operators(group))
-    assert between.angle.median() < many.sampling.step
-    assert plain_fsc(one.models[0].maps[0], many.models[0].maps[0], sphere(BOX))[:9].min() > 0.95
+    assert compare_poses(many.particles, one.particles, operators(group)).angle.median() < 1.2 * many.sampling.step
+    assert plain_fsc(one.joined.maps[0], many.joined.maps[0], sphere(BOX))[:9].min() > 0.96
+
+
+def test_icosahedral_particles():
+    """Sixty mates in a small ball: a larger box, and no C1 run, which would need many more views."""
+    shape, made = simulated("I", n=300, box=48)
+    found, best, angle = judged(shape, made, refined(made, symmetry="I"), "I")
+    assert found[:12].min() > 0.96 and (best - found)[:12].max() < 0.04
+    assert angle.median() < 7.0
 
 
 def test_two_optics_groups_are_as_good_as_one():

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from frazil.data import BadInput
+from frazil.data import BadInput, Particles
 from frazil.io.mrc import read_map
 from frazil.io.particles import ParticleSet, read_particles
 from frazil.io.star import Block, read_star
@@ -32,43 +32,63 @@ def resolution_columns(shells: int, box: int, pixel_size: float) -> dict[str, np
     }
 
 
-def model_blocks(model: Model, state: State, params: Refine3dParams, names: list[str], map_files: list[str], counts: Tensor) -> dict[str, Block]:
-    """model.star of one half, or of the joined map. names: micrographs; counts: particles of each in this half; map_files: a map a class."""
+def model_blocks(
+    model: Model, state: State, params: Refine3dParams, names: list[str], map_files: list[str], counts: Tensor
+) -> dict[str, Block]:
+    """model.star of one half, or of the joined map.
+
+    names: micrographs; counts: particles of each in this half; map_files: a map a class.
+    """
     p, s, box, a = state.progress, state.sampling, model.box, model.pixel_size
     sigma = s.sigma or 0.0
     resolution = box * a / max(p.shell, 1)
     blocks: dict[str, Block] = {
         "model_general": {
-            "rlnReferenceDimensionality": 3, "rlnDataDimensionality": 2, "rlnOriginalImageSize": box, "rlnCurrentResolution": resolution,
-            "rlnCurrentImageSize": p.size, "rlnPaddingFactor": params.pad, "rlnIsHelix": 0, "rlnFourierSpaceInterpolator": 1,
-            "rlnMinRadiusNnInterpolation": 10, "rlnPixelSize": a, "rlnNrClasses": model.classes, "rlnNrBodies": 1, "rlnNrGroups": len(names),
-            "rlnNrOpticsGroups": len(model.sigma2), "rlnTau2FudgeFactor": params.tau_fudge, "rlnNormCorrectionAverage": model.norm_average,
-            "rlnSigmaOffsetsAngst": model.sigma_offset, "rlnOrientationalPriorMode": int(s.sigma is not None), "rlnSigmaPriorRotAngle": sigma,
-            "rlnSigmaPriorTiltAngle": sigma, "rlnSigmaPriorPsiAngle": sigma, "rlnLogLikelihood": model.log_likelihood, "rlnAveragePmax": model.ave_pmax,
+            "rlnReferenceDimensionality": 3, "rlnDataDimensionality": 2, "rlnOriginalImageSize": box,
+            "rlnCurrentResolution": resolution, "rlnCurrentImageSize": p.size, "rlnPaddingFactor": params.pad,
+            "rlnIsHelix": 0, "rlnFourierSpaceInterpolator": 1, "rlnMinRadiusNnInterpolation": 10, "rlnPixelSize": a,
+            "rlnNrClasses": model.classes, "rlnNrBodies": 1, "rlnNrGroups": len(names), "rlnNrOpticsGroups": len(model.sigma2),
+            "rlnTau2FudgeFactor": params.tau_fudge, "rlnNormCorrectionAverage": model.norm_average,
+            "rlnSigmaOffsetsAngst": model.sigma_offset, "rlnOrientationalPriorMode": int(s.sigma is not None),
+            "rlnSigmaPriorRotAngle": sigma, "rlnSigmaPriorTiltAngle": sigma, "rlnSigmaPriorPsiAngle": sigma,
+            "rlnLogLikelihood": model.log_likelihood, "rlnAveragePmax": model.ave_pmax,
         },
         "model_classes": pd.DataFrame({
-            "rlnReferenceImage": map_files, "rlnClassDistribution": model.pdf_class.numpy(), "rlnAccuracyRotations": p.accuracy_rotation,
-            "rlnAccuracyTranslationsAngst": p.accuracy_shift, "rlnEstimatedResolution": resolution,
-            "rlnOverallFourierCompleteness": model.coverage.mean(1).numpy(),
+            "rlnReferenceImage": map_files, "rlnClassDistribution": model.pdf_class.numpy(),
+            "rlnAccuracyRotations": p.accuracy_rotation, "rlnAccuracyTranslationsAngst": p.accuracy_shift,
+            "rlnEstimatedResolution": resolution, "rlnOverallFourierCompleteness": model.coverage.mean(1).numpy(),
         }),
     }  # fmt: skip
     shells = box // 2 + 1
     for k in range(model.classes):
         blocks[f"model_class_{k + 1}"] = pd.DataFrame({
-            **resolution_columns(shells, box, a), "rlnSsnrMap": model.data_vs_prior[k].numpy(), "rlnGoldStandardFsc": model.fsc.numpy(),
-            "rlnFourierCompleteness": model.coverage[k].numpy(), "rlnReferenceSigma2": model.sigma2_map[k].numpy(), "rlnReferenceTau2": model.tau2[k].numpy(),
+            **resolution_columns(shells, box, a),
+            "rlnSsnrMap": model.data_vs_prior[k].numpy(), "rlnGoldStandardFsc": model.fsc.numpy(),
+            "rlnFourierCompleteness": model.coverage[k].numpy(), "rlnReferenceSigma2": model.sigma2_map[k].numpy(),
+            "rlnReferenceTau2": model.tau2[k].numpy(),
         })  # fmt: skip
     blocks["model_groups"] = pd.DataFrame({
         "rlnGroupNumber": np.arange(1, len(names) + 1), "rlnGroupName": names, "rlnGroupNrParticles": counts.numpy(),
         "rlnGroupScaleCorrection": model.scales.numpy(),
     })  # fmt: skip
+    noise: list[pd.DataFrame] = []
     for g, (sigma2, optics) in enumerate(zip(model.sigma2, state.particles.optics, strict=True), 1):
         columns = resolution_columns(len(sigma2), optics.box, optics.pixel_size)
         del columns["rlnAngstromResolution"]
-        blocks[f"model_optics_group_{g}"] = pd.DataFrame({**columns, "rlnSigma2Noise": sigma2.numpy()})
+        noise.append(pd.DataFrame({**columns, "rlnSigma2Noise": sigma2.numpy()}))
+        blocks[f"model_optics_group_{g}"] = noise[-1]
+    for m, g in enumerate(optics_of_micrographs(state.particles), 1):  # RELION 3.1 looks for the noise here
+        blocks[f"model_group_{m}"] = noise[g]
     for k in range(model.classes):
         blocks[f"model_pdf_orient_class_{k + 1}"] = pd.DataFrame({"rlnOrientationDistribution": model.pdf_direction[k].numpy()})
     return blocks
+
+
+def optics_of_micrographs(particles: Particles) -> list[int]:
+    """Optics group (from 0) of every micrograph: that of its last particle, 0 where it has none."""
+    group = torch.zeros(len(particles.micrographs), dtype=torch.int64)
+    group[particles.micrograph] = particles.group
+    return group.tolist()
 
 
 def sampling_blocks(state: State, params: Refine3dParams) -> dict[str, Block]:
@@ -88,36 +108,50 @@ def sampling_blocks(state: State, params: Refine3dParams) -> dict[str, Block]:
     }  # fmt: skip
 
 
+# What RELION asks for but frazil has no choice about: no gradient descent, no helices, no bodies, CTF always.
+_FIXED_SETTINGS = {
+    "rlnDoSplitRandomHalves": 1, "rlnDoAutoRefine": 1, "rlnDoAutoSampling": 0, "rlnDoSkipAlign": 0, "rlnDoSkipRotate": 0,
+    "rlnDoMapEstimation": 1, "rlnDoFastSubsetOptimisation": 0, "rlnDoExternalReconstruct": 0, "rlnDoBlush": 0, "rlnDoCenterClasses": 0,
+    "rlnBodyStarFile": "None", "rlnTauSpectrumName": "None", "rlnFourierMask": "None", "rlnLocalSymmetryFile": "None",
+    "rlnMaximumCoarseImageSize": -1, "rlnHighresLimitExpectation": -1.0, "rlnLowresLimitExpectation": -1.0,
+    "rlnDoStochasticGradientDescent": 0, "rlnDoStochasticEM": 0, "rlnDoGradientRefine": 0,
+    "rlnSgdInitialIterations": 0, "rlnSgdFinalIterations": 0, "rlnSgdInBetweenIterations": 0, "rlnSgdInitialResolution": -1.0,
+    "rlnSgdFinalResolution": -1.0, "rlnSgdInitialSubsetSize": -1, "rlnSgdFinalSubsetSize": -1, "rlnSgdMuFactor": 0.0,
+    "rlnSgdSigma2FudgeInitial": 1.0, "rlnSgdSigma2FudgeHalflife": -1, "rlnSgdSkipAnneal": 0, "rlnSgdSubsetSize": -1,
+    "rlnSgdWriteEverySubset": -1, "rlnSgdMaxSubsets": -1, "rlnSgdStepsize": 0.5,
+    "rlnDoHelicalRefine": 0, "rlnIgnoreHelicalSymmetry": 0, "rlnNrHelicalNStart": 1, "rlnHelicalTwistInitial": 0.0,
+    "rlnHelicalRiseInitial": 0.0, "rlnHelicalCentralProportion": 0.3, "rlnHelicalMaskTubeInnerDiameter": -1.0,
+    "rlnHelicalMaskTubeOuterDiameter": -1.0, "rlnHelicalSymmetryLocalRefinement": 0, "rlnHelicalSigmaDistance": -1.0,
+    "rlnHelicalKeepTiltPriorFixed": 0, "rlnDoCorrectCtf": 1, "rlnCtfDataArePhaseFlipped": 0, "rlnDoOnlyFlipCtfPhases": 0,
+    "rlnRefsAreCtfCorrected": 1, "rlnFixSigmaNoiseEstimates": 0, "rlnFixSigmaOffsetEstimates": 0, "rlnMaxNumberOfPooledParticles": 1,
+    "rlnHasLargeSizeIncreaseIterationsAgo": 0, "rlnChangesOptimalClasses": 0.0, "rlnSmallestChangesClasses": 0,
+}  # fmt: skip
+
+
 def optimiser_blocks(state: State, params: Refine3dParams, seed: int, files: dict[str, str]) -> dict[str, Block]:
-    """optimiser.star with the entries a RELION ≥ 3.1 asks for (spec 8.5). files: names of root, model1, model2, data, sampling, mask."""
-    p = state.progress
-    smallest = (p.smallest_rotation, p.smallest_shift)
+    """optimiser.star with the entries a RELION ≥ 3.1 asks for (spec 8.5).
+
+    files: names of root, model1, model2, data, sampling, mask, mask2.
+    """
+    p, model = state.progress, state.models[0]
     return {"optimiser_general": {
-        "rlnOutputRootName": files["root"], "rlnModelStarFile": files["model1"], "rlnModelStarFile2": files["model2"], "rlnExperimentalDataStarFile": files["data"],
-        "rlnOrientSamplingStarFile": files["sampling"], "rlnCurrentIteration": p.iteration, "rlnNumberOfIterations": params.iterations,
-        "rlnDoSplitRandomHalves": 1, "rlnJoinHalvesUntilThisResolution": params.low_resolution_join, "rlnAdaptiveOversampleOrder": params.oversampling,
-        "rlnAdaptiveOversampleFraction": params.adaptive_fraction, "rlnRandomSeed": seed, "rlnParticleDiameter": params.diameter,
-        "rlnWidthMaskEdge": round(params.mask_edge), "rlnDoZeroMask": int(params.zero_mask), "rlnDoSolventFlattening": int(params.flatten_solvent),
-        "rlnDoSolventFscCorrection": int(params.solvent_correct_fsc), "rlnSolventMaskName": files["mask"], "rlnSolventMask2Name": "None", "rlnBodyStarFile": "None",
-        "rlnTauSpectrumName": "None", "rlnMaximumCoarseImageSize": -1, "rlnHighresLimitExpectation": -1.0, "rlnLowresLimitExpectation": -1.0,
-        "rlnIncrementImageSize": p.increment, "rlnDoMapEstimation": 1, "rlnDoFastSubsetOptimisation": 0, "rlnDoExternalReconstruct": 0,
-        "rlnSgdInitialIterations": 0, "rlnSgdFinalIterations": 0, "rlnSgdInbetweenIterations": 0, "rlnSgdInitialResolution": -1.0,
-        "rlnSgdFinalResolution": -1.0, "rlnSgdInitialSubsetSize": -1, "rlnSgdFinalSubsetSize": -1, "rlnSgdMuFactor": 0.0,
-        "rlnSgdSigma2FudgeInitial": 1.0, "rlnSgdSigma2FudgeHalflife": -1, "rlnSgdSkipAnneal": 0, "rlnSgdSubsetSize": -1, "rlnSgdWriteEverySubset": -1,
-        "rlnSgdMaxSubsets": -1, "rlnSgdStepsize": 0.5, "rlnDoStochasticGradientDescent": 0,
-        "rlnMaximumSignificantPoses": params.max_significant, "rlnDoAutoRefine": 1, "rlnAutoLocalSearchesHealpixOrder": params.local_from_order,
-        "rlnNumberOfIterWithoutResolutionGain": p.no_gain, "rlnBestResolutionThusFar": p.shell / (state.models[0].box * state.models[0].pixel_size),
-        "rlnNumberOfIterWithoutChangingAssignments": p.no_change, "rlnDoSkipAlign": 0, "rlnDoSkipRotate": 0,
+        "rlnOutputRootName": files["root"], "rlnModelStarFile": files["model1"], "rlnModelStarFile2": files["model2"],
+        "rlnExperimentalDataStarFile": files["data"], "rlnOrientSamplingStarFile": files["sampling"],
+        "rlnSolventMaskName": files["mask"], "rlnSolventMask2Name": files["mask2"],
+        "rlnCurrentIteration": p.iteration, "rlnNumberOfIterations": params.iterations, "rlnRandomSeed": seed,
+        "rlnJoinHalvesUntilThisResolution": params.low_resolution_join, "rlnTau2FudgeArg": params.tau_fudge,
+        "rlnAdaptiveOversampleOrder": params.oversampling, "rlnAdaptiveOversampleFraction": params.adaptive_fraction,
+        "rlnMaximumSignificantPoses": params.max_significant, "rlnAutoLocalSearchesHealpixOrder": params.local_from_order,
+        "rlnParticleDiameter": params.diameter, "rlnWidthMaskEdge": round(params.mask_edge), "rlnDoZeroMask": int(params.zero_mask),
+        "rlnDoSolventFlattening": int(params.flatten_solvent), "rlnDoSolventFscCorrection": int(params.solvent_correct_fsc),
+        "rlnDoCorrectNorm": int(params.norm), "rlnDoCorrectScale": int(params.scale),
+        "rlnDoIgnoreCtfUntilFirstPeak": int(params.ctf_intact_first_peak),
+        "rlnIncrementImageSize": p.increment, "rlnHasConverged": int(p.converged), "rlnHasHighFscAtResolLimit": int(p.high_fsc),
+        "rlnBestResolutionThusFar": p.shell / (model.box * model.pixel_size), "rlnNumberOfIterWithoutResolutionGain": p.no_gain,
+        "rlnNumberOfIterWithoutChangingAssignments": p.no_change,
         "rlnOverallAccuracyRotations": p.accuracy_rotation, "rlnOverallAccuracyTranslationsAngst": p.accuracy_shift,
-        "rlnChangesOptimalOrientations": p.change_rotation, "rlnChangesOptimalOffsets": p.change_shift, "rlnChangesOptimalClasses": 0.0,
-        "rlnSmallestChangesOrientations": smallest[0], "rlnSmallestChangesOffsets": smallest[1], "rlnSmallestChangesClasses": 0,
-        "rlnLocalSymmetryFile": "None", "rlnDoHelicalRefine": 0, "rlnIgnoreHelicalSymmetry": 0, "rlnHelicalTwistInitial": 0.0,
-        "rlnHelicalRiseInitial": 0.0, "rlnHelicalCentralProportion": 0.3, "rlnHelicalMaskTubeInnerDiameter": -1.0,
-        "rlnHelicalMaskTubeOuterDiameter": -1.0, "rlnHelicalSymmetryLocalRefinement": 0, "rlnHelicalSigmaDistance": -1.0,
-        "rlnHelicalKeepTiltPriorFixed": 0, "rlnHasConverged": int(p.converged), "rlnHasHighFscAtResolLimit": int(p.high_fsc),
-        "rlnHasLargeSizeIncreaseIterationsAgo": 0, "rlnDoCorrectNorm": int(params.norm), "rlnDoCorrectScale": int(params.scale), "rlnDoCorrectCtf": 1,
-        "rlnDoIgnoreCtfUntilFirstPeak": int(params.ctf_intact_first_peak), "rlnCtfDataArePhaseFlipped": 0, "rlnDoOnlyFlipCtfPhases": 0,
-        "rlnRefsAreCtfCorrected": 1, "rlnFixSigmaNoiseEstimates": 0, "rlnFixSigmaOffsetEstimates": 0, "rlnMaxNumberOfPooledParticles": 1,
+        "rlnChangesOptimalOrientations": p.change_rotation, "rlnChangesOptimalOffsets": p.change_shift,
+        "rlnSmallestChangesOrientations": p.smallest_rotation, "rlnSmallestChangesOffsets": p.smallest_shift, **_FIXED_SETTINGS,
     }}  # fmt: skip
 
 
@@ -160,26 +194,27 @@ def read_refinement(optimiser: Path, folder: Path) -> tuple[State, ParticleSet]:
     models = (read_model(find("rlnModelStarFile"), folder), read_model(find("rlnModelStarFile2"), folder))
     s = dict(read_star(find("rlnOrientSamplingStarFile"))["sampling_general"])
     particles = read_particles(find("rlnExperimentalDataStarFile"))
-    prior = int(read_star(find("rlnModelStarFile"))["model_general"]["rlnOrientationalPriorMode"])
+    first_model = dict(read_star(find("rlnModelStarFile"))["model_general"])
     sampling = Sampling(
         order=int(s["rlnHealpixOrder"]), offset_range=float(s["rlnOffsetRange"]), offset_step=float(s["rlnOffsetStep"]),
         oversampling=int(general["rlnAdaptiveOversampleOrder"]), group=str(s["rlnSymmetryGroup"]),
         instance=float(s["rlnSamplingPerturbInstance"]), factor=float(s["rlnSamplingPerturbFactor"]),
     )  # fmt: skip
-    if prior:
+    if int(first_model["rlnOrientationalPriorMode"]):
         sampling = replace(sampling, sigma=2 * sampling.step)
     box, a = models[0].box, models[0].pixel_size
     progress = Progress(
         iteration=int(general["rlnCurrentIteration"]),
-        shell=resolution_shell(box, a, 1 / float(general["rlnBestResolutionThusFar"])),
+        shell=resolution_shell(box, a, float(first_model["rlnCurrentResolution"])),
         increment=int(general["rlnIncrementImageSize"]), high_fsc=bool(int(general["rlnHasHighFscAtResolLimit"])),
-        no_gain=int(general["rlnNumberOfIterWithoutResolutionGain"]), no_change=int(general["rlnNumberOfIterWithoutChangingAssignments"]),
+        no_gain=int(general["rlnNumberOfIterWithoutResolutionGain"]),
+        no_change=int(general["rlnNumberOfIterWithoutChangingAssignments"]),
         change_rotation=float(general["rlnChangesOptimalOrientations"]), change_shift=float(general["rlnChangesOptimalOffsets"]),
         smallest_rotation=float(general["rlnSmallestChangesOrientations"]), smallest_shift=float(general["rlnSmallestChangesOffsets"]),
-        accuracy_rotation=float(general["rlnOverallAccuracyRotations"]), accuracy_shift=float(general["rlnOverallAccuracyTranslationsAngst"]),
+        accuracy_rotation=float(general["rlnOverallAccuracyRotations"]),
+        accuracy_shift=float(general["rlnOverallAccuracyTranslationsAngst"]),
         converged=bool(int(general["rlnHasConverged"])), ave_pmax=models[0].ave_pmax,
     )  # fmt: skip
     q = particles.particles
-    progress = replace(progress, shell=resolution_shell(box, a, float(read_star(find("rlnModelStarFile"))["model_general"]["rlnCurrentResolution"])))
     poses = replace(Poses.empty(len(q)), rotation=q.rotation, shift=q.shift, norm=q.norm)
     return State(progress, sampling, models, q, poses), particles

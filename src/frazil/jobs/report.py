@@ -120,6 +120,8 @@ def gather(run_dir: Path) -> Findings:
     if (run_dir / "run_class001.mrc").exists():
         found.map = read_map(run_dir / "run_class001.mrc")
         found.box, found.pixel_size = found.map.data.shape[-1], found.map.pixel_size
+    if found.iterations and not found.pixel_size:  # not converged: no final files yet
+        found.box, found.pixel_size = found.iterations[-1].get("box", 0), found.iterations[-1].get("pixel_size", 0.0)
     if (run_dir / "run_data.star").exists():
         particles = read_star(run_dir / "run_data.star")["particles"]
         found.angles = np.stack([np.asarray(particles[f"rlnAngle{a}"], dtype=float) for a in ("Rot", "Tilt")], -1)

@@ -196,18 +196,22 @@ def map_from_half_volume(half: Tensor, pad: float, box: int) -> Tensor:
     return transform_axis(part, 2, along_x) * box**2
 
 
-def make_hermitian(data: Tensor) -> Tensor:
-    """Half volume with its x = 0 plane replaced by f(y, z) + conj f(−y, −z) (spec 3.1); also for real weights.
+def make_hermitian_(data: Tensor) -> Tensor:
+    """Replace the x = 0 plane of a half volume by f(y, z) + conj f(−y, −z) (spec 3.1), in place; also for real weights. Returns it.
 
     The origin is its own mate and stays as it is.
     """
-    out = data.clone()
-    plane = data[:, :, 0]
-    mate = plane.flip(0, 1)
-    out[:, :, 0] = plane + (mate.conj() if data.is_complex() else mate)
     m = data.shape[-1] - 1
-    out[m, m, 0] = data[m, m, 0]
-    return out
+    origin = data[m, m, 0].clone()
+    mate = data[:, :, 0].flip(0, 1)
+    data[:, :, 0] += mate.conj() if data.is_complex() else mate
+    data[m, m, 0] = origin
+    return data
+
+
+def make_hermitian(data: Tensor) -> Tensor:
+    """A copy of a half volume with a Hermitian plane x = 0, see make_hermitian_."""
+    return make_hermitian_(data.clone())
 
 
 def fourier_resample(data: Tensor, size: int, *, dims: int | None = None) -> Tensor:

@@ -1,4 +1,5 @@
 """How accurately poses can be known: the error at which a particle's likelihood falls to 1 % (spec/refinement 4.4)."""
+
 from __future__ import annotations
 
 import math
@@ -37,7 +38,9 @@ def crossing(errors: Tensor, distance: Tensor) -> Tensor:
     return errors[first - 1] + part * (errors[first] - errors[first - 1])
 
 
-def expected_accuracy(particles: Particles, model: Model, klass: int, engine: Engine, size: int, generator: torch.Generator) -> tuple[float, float]:
+def expected_accuracy(
+    particles: Particles, model: Model, klass: int, engine: Engine, size: int, generator: torch.Generator
+) -> tuple[float, float]:
     """(degrees, Å) expected error of rotation and shift, mean over `particles` at their present poses.
 
     For each particle one of rot, tilt, psi and one of x, y is drawn; the squared difference of CTF-modulated slices over 2σ² is followed
@@ -53,18 +56,20 @@ def expected_accuracy(particles: Particles, model: Model, klass: int, engine: En
         frame = make_frame(optics, size, model.box, model.pixel_size, engine)
         inverse = 0.5 / model.sigma2[g].to(engine.device)[frame.pixels.shell[: frame.inside]]
         inverse[0] = 0
-        for i in index.tolist():
-            one = torch.tensor([i])
-            c = particle_ctf(particles, one, frame.k, optics, engine)[0].double() * frame.amplitude
+        bytes_each = len(angles) * frame.inside * (24 if engine.dtype == torch.float32 else 40)
+        for some in index.split(max(1, engine.budget // 8 // bytes_each)):
+            n = len(some)
+            c = particle_ctf(particles, some, frame.k, optics, engine).double() * frame.amplitude
             weight = c.square() * (c.square() if optics.ctf_premultiplied else 1) * inverse
-            euler = matrix_to_euler(particles.rotation[i]).repeat(len(angles), 1)
-            euler[:, int(torch.randint(3, (1,), generator=generator))] += angles
-            rotations = euler_to_matrix(euler).to(device=engine.device, dtype=engine.dtype)
-            slices = project(volume, rotations, frame.coords, engine.pad, implementation=engine.implementation)
-            difference = ((slices - slices[:1]).abs().square().double() * weight).sum(1)
-            rotation_errors.append(crossing(angles, difference[None].cpu()))
-            along = frame.k[:, int(torch.randint(2, (1,), generator=generator))]
-            phase = 2 * math.pi * along * shifts[:, None].to(along) * optics.pixel_size
-            moved = (2 - 2 * torch.cos(phase)) * (slices[0].abs().square().double() * weight)
-            shift_errors.append(crossing(shifts, moved.sum(1)[None].cpu()) * optics.pixel_size)
+            euler = matrix_to_euler(particles.rotation[some])[:, None].repeat(1, len(angles), 1)
+            euler[torch.arange(n), :, torch.randint(3, (n,), generator=generator)] += angles
+            rotations = euler_to_matrix(euler.reshape(-1, 3)).to(device=engine.device, dtype=engine.dtype)
+            slices = project(volume, rotations, frame.coords, engine.pad, implementation=engine.implementation).view(n, len(angles), -1)
+            difference = torch.einsum("nep,np->ne", (slices - slices[:, :1]).abs().square(), weight.to(slices.real))
+            rotation_errors.append(crossing(angles, difference.double().cpu()))
+            along = frame.k[:, torch.randint(2, (n,), generator=generator).to(frame.k.device)].T  # (n, p)
+            power = slices[:, 0].abs().square().double() * weight
+            phase = 2 * math.pi * optics.pixel_size * along[:, None] * shifts[:, None].to(along)
+            moved = ((2 - 2 * torch.cos(phase)) * power[:, None]).sum(-1)
+            shift_errors.append(crossing(shifts, moved.cpu()) * optics.pixel_size)
     return float(torch.cat(rotation_errors).mean()), float(torch.cat(shift_errors).mean())

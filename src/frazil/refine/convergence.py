@@ -1,4 +1,5 @@
 """Decisions between iterations: image size, sampling, convergence (spec/refinement 2.6, 3.9, 4.5). Plain arithmetic on a frozen record."""
+
 from __future__ import annotations
 
 import math
@@ -68,7 +69,9 @@ def first_below(curve: Tensor, value: float) -> int:
     return int(below[0]) + 1 if len(below) else len(curve) - 1
 
 
-def after_maximization(progress: Progress, fsc: Tensor, data_vs_prior: Tensor, box: int, pixel_size: float, initial_shell: int | None) -> Progress:
+def after_maximization(
+    progress: Progress, fsc: Tensor, data_vs_prior: Tensor, box: int, pixel_size: float, initial_shell: int | None
+) -> Progress:
     """Resolution, size increment and counters after an M-step. initial_shell: R is fixed there (after a cross-correlation iteration)."""
     shell = resolution_shell_of(data_vs_prior) if initial_shell is None else initial_shell
     edge = progress.size // 2 - 1
@@ -104,7 +107,9 @@ def after_changes(progress: Progress, rotation: float, shift: float, sampling: S
     )
 
 
-def next_sampling(progress: Progress, sampling: Sampling, local_order: int, maximum_order: int | None = None) -> tuple[Progress, Sampling, bool]:
+def next_sampling(
+    progress: Progress, sampling: Sampling, local_order: int, maximum_order: int | None = None
+) -> tuple[Progress, Sampling, bool]:
     """Finer sampling when resolution and poses have settled (4.5); the third value tells whether it changed.
 
     maximum_order: the user's limit of the coarse order.

@@ -3,6 +3,7 @@
 All particles of a half and an optics group are compared with one grid (search.py); the sums over the significant samples are
 made in slice space, and each orientation is inserted once.
 """
+
 from __future__ import annotations
 
 import math
@@ -17,7 +18,7 @@ from frazil.ops.accumulate import accumulate
 from frazil.ops.compare import significant
 from frazil.ops.insert import insert_
 from frazil.refine.model import Model, Poses, Statistics
-from frazil.refine.planner import Plan, make_plan
+from frazil.refine.planner import Plan, Shape, make_plan
 from frazil.refine.posterior import posterior, weighted_rows
 from frazil.refine.sampling import Grid
 from frazil.refine.search import (
@@ -103,10 +104,7 @@ def expectation(
         if len(members) == 0:
             continue
         frame = make_frame(optics, sizes[0], model.box, model.pixel_size, engine)
-        plan = make_plan(
-            engine.budget, box=model.box, size=sizes[0], pad=engine.pad, classes=model.classes, pixels=frame.inside,
-            shifts=len(grid.shifts) * grid.shift_children, children=grid.children * grid.shift_children, dtype=engine.dtype, on_gpu=engine.device != "cpu",
-        )  # fmt: skip
+        plan = make_plan(shape_of(step, frame), engine.budget, engine.shrink)
         sums = sums or new_sums(step, particles.optics, len(particles.micrographs), plan.sum_dtype)
         for index in members.split(plan.images):
             with clock("windows"):
@@ -121,7 +119,19 @@ def expectation(
     return sums.finish(), poses, clock.seconds
 
 
-def run_batch(step: Pass, frame: Frame, plan: Plan, particles: Particles, index: Tensor, windows: Windows, group: int, sums: Sums, poses: Poses):
+def shape_of(step: Pass, frame: Frame) -> Shape:
+    """What the planner needs to know of an E-step."""
+    grid, engine, model = step.grid, step.engine, step.model
+    return Shape(
+        box=max(model.box, frame.optics.box), size=step.size, pad=engine.pad, classes=model.classes, pixels=frame.inside,
+        shifts=len(grid.shifts) * grid.shift_children, children=grid.children * grid.shift_children,
+        real=4 if engine.dtype == torch.float32 else 8, on_gpu=engine.device != "cpu",
+    )  # fmt: skip
+
+
+def run_batch(
+    step: Pass, frame: Frame, plan: Plan, particles: Particles, index: Tensor, windows: Windows, group: int, sums: Sums, poses: Poses
+):
     """Both passes and the sums for a batch of particles."""
     engine, model = step.engine, step.model
     inverse = 1.0 / model.sigma2[group].to(engine.device)[frame.pixels.shell[: frame.inside]]
@@ -138,9 +148,11 @@ def run_batch(step: Pass, frame: Frame, plan: Plan, particles: Particles, index:
         shift_log = torch.zeros_like(shift_log)
     if step.grid.sampling.sigma is None:
         coarse, left_out = coarse_global(step, frame, y, q, shift_log)
-        log_orientation = step.model.pdf_direction.log().to(engine.device)[
-            coarse.orientation // step.grid.orientations, coarse.orientation % step.grid.orientations // step.grid.n_psi
-        ].to(engine.dtype)
+        log_orientation = (
+            step.model.pdf_direction.log()
+            .to(engine.device)[coarse.orientation // step.grid.orientations, coarse.orientation % step.grid.orientations // step.grid.n_psi]
+            .to(engine.dtype)
+        )
     else:
         centre = particles.prior_rotation if particles.prior_rotation is not None else particles.rotation
         coarse, log_orientation = coarse_local(step, frame, centre[index], y, q, shift_log, plan)
@@ -202,7 +214,9 @@ def fine_batch(step: Pass, frame: Frame, plan: Plan, coarse: Found, log_orientat
     with step.clock("statistics"):
         residual = add_statistics(step, frame, fine, post.gamma, per_image, batch, sums)
     size = grid.children * grid.shift_children
-    entry, child, small = (x.cpu() for x in (post.best // size, post.best // grid.shift_children % grid.children, post.best % grid.shift_children))
+    entry, child, small = (
+        x.cpu() for x in (post.best // size, post.best // grid.shift_children % grid.children, post.best % grid.shift_children)
+    )
     orientation = fine.slices.orientation[fine.orientation.cpu()[entry] * grid.children]
     shift = batch.windows.pre_shift + grid.fine_shifts()[fine.shift.cpu()[entry] * grid.shift_children + small]
     norm = batch.particles.norm[index]
@@ -215,7 +229,10 @@ def fine_batch(step: Pass, frame: Frame, plan: Plan, coarse: Found, log_orientat
 
 
 def add_samples(step: Pass, frame: Frame, plan: Plan, fine: Fine, gamma: Tensor, batch: Batch, sums: Sums) -> Tensor:
-    """Weighted sums of the significant samples, inserted; returns (b, 4) float64 per image: Σ x, Σ |S|²G, and both over the scale's shells."""
+    """Weighted sums of the significant samples, inserted.
+
+    Returns (b, 4) float64 an image: Σ x, Σ |S|²G (ops.accumulate), and both over the shells that measure the scale.
+    """
     engine, grid, w = step.engine, step.grid, batch.windows
     phases = shift_phases(frame, grid.fine_shifts(), frame.inside, engine)
     shell, n_shells = frame.pixels.shell[: frame.inside], frame.pixels.size // 2 + 1
@@ -229,7 +246,9 @@ def add_samples(step: Pass, frame: Frame, plan: Plan, fine: Fine, gamma: Tensor,
             some, row_slice[lo:hi] - a, row_image[lo:hi], weights[lo:hi], phases, *arrays, shell, n_shells, scale_pixels(step, frame, k),
             implementation=engine.implementation,
         )  # fmt: skip
-        insert_(sums.data[k], sums.weight[k], part.data, part.weight, rotations, frame.coords, engine.pad, implementation=engine.implementation)
+        insert_(
+            sums.data[k], sums.weight[k], part.data, part.weight, rotations, frame.coords, engine.pad, implementation=engine.implementation
+        )
         sums.sigma2[batch.group][:n_shells] += (part.power - 2 * part.cross).cpu()
         per_image.index_add_(0, row_image[lo:hi], part.rows.double())
     return per_image

@@ -1,4 +1,5 @@
 """Before the first iteration: half sets and noise spectra (spec/refinement 2.2, 4.5)."""
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -3,6 +3,7 @@
 Everything about one half map happens on one pair of half volumes (B, W) at a time; what two halves must share (their low-resolution
 terms, the averages the FSC needs) is small and is taken out first, so that a 400 px box refined to Nyquist needs one pair in memory.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from frazil.maths.fourier import half_volume_radius, make_hermitian, map_from_half_volume, shell_counts, shell_round, slabs
+from frazil.maths.fourier import half_volume_radius, make_hermitian_, map_from_half_volume, shell_counts, shell_round, slabs
 from frazil.maths.gridding import sinc2
 from frazil.maths.masks import soft_sphere
 from frazil.maths.symmetry import operators
@@ -21,9 +22,9 @@ EDGE_PX = 3.0  # soft edge of the sphere of radius N/2 a reconstruction is cut t
 MIN_SHELL = 5  # shells below are never regularised, and no resolution is below (minres_map)
 
 
-def prepare_sums(data: Tensor, weight: Tensor, group: str, implementation: str | None = None) -> tuple[Tensor, Tensor]:
-    """Hermitian plane x = 0, then the sum over the point group (spec 3.2, this order)."""
-    data, weight = make_hermitian(data), make_hermitian(weight)
+def prepare_sums_(data: Tensor, weight: Tensor, group: str, implementation: str | None = None) -> tuple[Tensor, Tensor]:
+    """Hermitian plane x = 0 (in place), then the sum over the point group (spec 3.2, this order)."""
+    make_hermitian_(data), make_hermitian_(weight)
     ops = operators(group)
     if len(ops) == 1:
         return data, weight
@@ -95,7 +96,9 @@ def low_resolution_part(data: Tensor, weight: Tensor, pad: float, shell: int) ->
     return data[cut].clone(), weight[cut].clone()
 
 
-def join_low_resolution_(data: Tensor, weight: Tensor, mine: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], pad: float, shell: int) -> None:
+def join_low_resolution_(
+    data: Tensor, weight: Tensor, mine: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], pad: float, shell: int
+) -> None:
     """Replace (B, W) for |k| ≤ shell by the mean of both halves' (spec 3.6.3), in place."""
     m, reach = data.shape[-1] - 1, mine[0].shape[-1] - 1
     cut = (slice(m - reach, m + reach + 1),) * 2 + (slice(0, reach + 1),)
@@ -164,7 +167,9 @@ def wiener(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: i
     return data, (hits / count.clamp(min=1))[:shells].cpu()
 
 
-def reconstruct(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def reconstruct(
+    data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """(map (N, N, N), coverage) of a half volume's sums: division, transform, soft sphere, interpolation's sinc² (spec 3.4)."""
     volume, coverage = wiener(data, weight, tau2, pad, box)
     density = map_from_half_volume(volume, pad, box).to(dtype)
@@ -179,7 +184,9 @@ def soft_sphere_fill(density: Tensor, radius: float, edge: float) -> Tensor:
     return mask * density + (1 - mask) * outside
 
 
-def flatten_solvent(density: Tensor, pixel_size: float, diameter: float, edge: float, mask: Tensor | None, mask2: Tensor | None = None) -> Tensor:
+def flatten_solvent(
+    density: Tensor, pixel_size: float, diameter: float, edge: float, mask: Tensor | None, mask2: Tensor | None = None
+) -> Tensor:
     """Map times its solvent mask (given, or a sphere of the particle's diameter), spec 3.6.10; mask2: a region set to its own mean."""
     box = density.shape[-1]
     if mask is None:
@@ -220,7 +227,9 @@ def update_scales(statistics: Statistics, old: Model, particles_per_micrograph: 
     return torch.where(present, s / mean, old.scales)
 
 
-def update_parameters(model: Model, statistics: Statistics, boxes: list[int], per_micrograph: Tensor, *, cc: bool, norm: bool, scale: bool) -> Model:
+def update_parameters(
+    model: Model, statistics: Statistics, boxes: list[int], per_micrograph: Tensor, *, cc: bool, norm: bool, scale: bool
+) -> Model:
     """The model with noise, scales, norm, offset and direction priors of the E-step (spec 3.8); maps and spectra are left."""
     total = statistics.direction.sum()
     return replace(

@@ -1,4 +1,5 @@
 """What a refinement knows: references, spectra, priors (one Model a half set). Frozen; the M-step makes the next one."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,11 +1,30 @@
 """From a memory budget to batch and chunk sizes (architecture 3.7). Pure arithmetic: the table `frazil doctor` prints comes from here."""
+
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from frazil.maths.fourier import half_volume_radius
+
+LEAST = 64 << 20  # bytes worked in, whatever the volumes take
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides how much memory an E-step takes."""
+
+    box: int  # px, side of the references
+    size: int  # n_c, side of the window
+    pad: float
+    classes: int
+    pixels: int  # in the window of the images
+    shifts: int  # fine shifts
+    children: int  # fine samples of a coarse one
+    real: int = 4  # bytes of a real number: 4 or 8
+    on_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -13,39 +32,47 @@ class Plan:
     """How much is worked on at once."""
 
     images: int  # particles in a batch
-    slices: int  # fine slices in a chunk
+    slices: int  # slices in a chunk
     users: int  # what is compared with them in a chunk: rows (slice, image), or entries of the fine pass
     entries: int  # significant coarse samples whose children are scored at once
     sum_dtype: torch.dtype  # of the back-projected sums
-    fixed: int  # bytes of volumes that stay for the whole E-step
+    fixed: int  # bytes of the volumes that stay for the whole E-step
     working: int  # bytes left for batches
 
 
-def half_volume_bytes(box: int, pad: float, size: int, complex_bytes: int) -> int:
-    """Bytes of a half volume that reaches shell size/2."""
-    m = half_volume_radius(pad, min(size, box) // 2)
-    return (2 * m + 1) ** 2 * (m + 1) * complex_bytes
+def half_volume_bytes(shape: Shape, voxel: int) -> int:
+    """Bytes of a half volume of the window at `voxel` bytes an element."""
+    m = half_volume_radius(shape.pad, min(shape.size, shape.box) // 2)
+    return (2 * m + 1) ** 2 * (m + 1) * voxel
 
 
-def make_plan(budget: int, *, box: int, size: int, pad: float, classes: int, pixels: int, shifts: int, children: int, dtype: torch.dtype, on_gpu: bool) -> Plan:
-    """Batch sizes for a budget in bytes: `pixels` in the window, `shifts` fine shifts, `children` of a coarse sample, references and sums of `classes` classes.
+def make_plan(shape: Shape, budget: int, shrink: int = 1) -> Plan:
+    """Batch sizes for `budget` bytes; `shrink` divides what is worked in after the device ran out of memory.
 
-    The volumes come first; at least 1/20 of the budget (64 MB) is worked in whatever they take. Sums are kept in float64 on a CPU
-    where that takes less than half of the budget; a GPU adds with float32 atomics and flushes (see refine/expectation).
+    The volumes come first. On a CPU the sums are float64 where that leaves half of the budget; a GPU adds with float32 atomics, one
+    sum an iteration and half set (a voxel is hit some 10⁴ times at most at the rim of a set of 10⁵ particles: CONVENTIONS, precision).
     """
-    real = 4 if dtype == torch.float32 else 8
-    reference = classes * half_volume_bytes(box, pad, size, 2 * real)
-    sums = {b: classes * half_volume_bytes(box, pad, size, 3 * b) for b in (4, 8)}
-    double = dtype == torch.float64 or (not on_gpu and reference + sums[8] < budget // 2)
+    reference = shape.classes * half_volume_bytes(shape, 2 * shape.real)
+    sums = {real: shape.classes * half_volume_bytes(shape, 3 * real) for real in (4, 8)}
+    double = shape.real == 8 or (not shape.on_gpu and reference + sums[8] < budget // 2)
     fixed = reference + sums[8 if double else 4]
-    working = max(budget - fixed, budget // 20, 64 << 20)
-    image_bytes = pixels * 16 * real + box * box * 7 * real
+    working = max(budget - fixed, budget // 20, LEAST) // shrink
+    image_bytes = shape.pixels * 18 * shape.real + shape.box**2 * 8 * shape.real
     return Plan(
         images=max(1, working // 3 // image_bytes),
-        slices=max(8, working // 6 // (pixels * 5 * real)),
-        users=max(256, working // 8 // (shifts * 4 * real)),
-        entries=max(1024, working // 6 // (children * (real + 10))),
+        slices=max(8, working // 6 // (shape.pixels * 6 * shape.real)),
+        users=max(256, working // 8 // (shape.shifts * 4 * shape.real)),
+        entries=max(1024, working // 6 // (shape.children * (shape.real + 12))),
         sum_dtype=torch.float64 if double else torch.float32,
         fixed=fixed,
         working=working,
     )
+
+
+def table(budget: int, boxes: tuple[int, ...] = (200, 256, 300, 360, 400, 512, 600, 800)) -> list[tuple[int, float, float, int]]:
+    """(box, GB of volumes, GB to work in, particles a batch) of a refinement to Nyquist with one class in `budget` bytes on a GPU."""
+    rows = []
+    for box in boxes:
+        plan = make_plan(Shape(box, box, 2.0, 1, int(math.pi * box**2 / 8), 84, 32, 4, True), budget)
+        rows.append((box, plan.fixed / 1e9, plan.working / 1e9, plan.images))
+    return rows

@@ -1,4 +1,5 @@
 """From the scores of the fine pass to posterior weights, in the order the sums want them (spec/refinement 2.1, 2.6)."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -54,7 +55,9 @@ def weighted_rows(fine: Fine, gamma: Tensor, images: int, shifts: int) -> tuple[
     mass = gamma.new_zeros(len(first), children).index_add_(0, pair_of, gamma.sum(2))
     used = mass > 0
     orientation = fine.orientation[first]
-    per_slice = torch.zeros(len(fine.slices) // children, children, dtype=torch.int64, device=device).index_add_(0, orientation, used.long())
+    per_slice = torch.zeros(len(fine.slices) // children, children, dtype=torch.int64, device=device).index_add_(
+        0, orientation, used.long()
+    )
     count = used.long().cumsum(0)
     opening = torch.searchsorted(orientation, orientation)  # first pair of the same orientation
     before = torch.cat([torch.zeros(1, children, dtype=torch.int64, device=device), count])[opening]

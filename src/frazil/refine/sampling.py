@@ -1,11 +1,12 @@
 """The orientations and shifts an iteration compares every particle with (spec/refinement 2.5, 2.6, 2.9, 6)."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from frazil.maths import sphere
@@ -143,16 +144,16 @@ def neighbours(grid: Grid, prior: Tensor, reference_form: bool = False) -> Neigh
     n, g = mates.shape[:2]
     kept = grid.table[grid.pixels]
     vectors = sphere.direction_vectors(kept)
-    tree = cKDTree(vectors.numpy())
+    tree = KDTree(vectors.numpy())
     views = mates[:, :, 2].reshape(-1, 3)
     reach = 2 * np.sin(np.radians(min(3 * sigma, 180.0)) / 2)
-    lists = tree.query_ball_point(views.numpy(), reach)
+    lists = tree.query_ball_point(views.numpy(), reach, workers=torch.get_num_threads())
     counts = np.fromiter((len(x) for x in lists), np.int64, len(lists))
     missing = np.nonzero(counts.reshape(n, g).sum(1) == 0)[0]
     for i in missing:  # nothing in reach: the single nearest direction over all mates
         distance, nearest = tree.query(mates[i, :, 2].numpy())
-        best = int(distance.argmin())
-        lists[i * g + best] = [int(nearest[best])]
+        best = int(np.argmin(distance))
+        lists[i * g + best] = [int(np.atleast_1d(nearest)[best])]
         counts[i * g + best] = 1
     mate = torch.repeat_interleave(torch.arange(n * g), torch.from_numpy(counts))
     direction = torch.from_numpy(np.concatenate([np.asarray(x, np.int64) for x in lists]))

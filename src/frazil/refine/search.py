@@ -5,6 +5,7 @@ fine     the 8^q × 4^q children of the significant samples in the window n_c, a
 
 A *row* compares one slice with one image at all shifts; rows are sorted by slice, so that a slice is made once for all its images.
 """
+
 from __future__ import annotations
 
 import math
@@ -112,7 +113,11 @@ def coarse_global(step: Pass, frame: Frame, y: Tensor, q: Tensor, shift_log: Ten
 
 
 def _join(parts: list[Found]) -> Found:
-    return parts[0] if len(parts) == 1 else Found(*(torch.cat([getattr(f, n) for f in parts]) for n in ("image", "orientation", "shift", "value")))
+    return (
+        parts[0]
+        if len(parts) == 1
+        else Found(*(torch.cat([getattr(f, n) for f in parts]) for n in ("image", "orientation", "shift", "value")))
+    )
 
 
 def _near_best(found: Found, images: int, only_best: bool) -> Found:
@@ -212,7 +217,9 @@ class Fine:
     value: Tensor  # (n, C, c) score + priors
 
 
-def fine_pass(step: Pass, frame: Frame, coarse: Found, log_orientation: Tensor, y: Tensor, q: Tensor, shift_log: Tensor, plan: Plan) -> Fine:
+def fine_pass(
+    step: Pass, frame: Frame, coarse: Found, log_orientation: Tensor, y: Tensor, q: Tensor, shift_log: Tensor, plan: Plan
+) -> Fine:
     """Pass 2: the children of significant coarse samples in the fine window."""
     grid, engine, p = step.grid, step.engine, frame.inside
     with step.clock("thresholds"):

@@ -1,4 +1,5 @@
 """Seconds by phase of an iteration, for the log, the live page and bench/."""
+
 from __future__ import annotations
 
 import time

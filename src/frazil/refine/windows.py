@@ -1,4 +1,5 @@
 """From particle images to the pixels the likelihood sees: normalise, pre-shift, mask, transform, cut the window (spec 1.2–1.6, 2.4)."""
+
 from __future__ import annotations
 
 import math
@@ -31,7 +32,8 @@ class Engine:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     implementation: str | None = None  # of the ops; None: by device
-    budget: int = 4 << 30  # bytes of working memory
+    budget: int = 4 << 30  # bytes of memory on the device
+    shrink: int = 1  # divides the batches: doubled each time the device runs out of memory
     seed: int = 0
 
     @property
@@ -163,7 +165,7 @@ def prepare_images(images: Tensor, particles: Particles, index: Tensor, optics: 
 def particle_ctf(particles: Particles, index: Tensor, k: Tensor, optics: Optics, engine: Engine) -> Tensor:
     """(b, p) CTF of particles at k (p, 2) in 1/Å."""
     at = [getattr(particles, f)[index].to(k.device) for f in ("defocus", "phase_shift", "b_factor", "ctf_scale")]
-    return ctf(k, *at, optics, mode=engine.ctf_mode).to(engine.dtype)
+    return ctf(k, at[0], at[1], at[2], at[3], optics, mode=engine.ctf_mode).to(engine.dtype)
 
 
 def make_windows(images: Tensor, particles: Particles, index: Tensor, frame: Frame, model: Model, engine: Engine, group: int) -> Windows:

@@ -18,7 +18,7 @@ from frazil.data import Images, Particles
 from frazil.maths.ctf import odd_phase
 from frazil.maths.fourier import half_volume_radius, image_ft
 from frazil.ops.insert import insert_
-from frazil.refine.maximization import prepare_sums, reconstruct
+from frazil.refine.maximization import prepare_sums_, reconstruct
 from frazil.refine.windows import Engine, make_frame, particle_ctf
 
 BATCH_PIXELS = 1 << 23  # pixels of images worked on at a time
@@ -102,7 +102,7 @@ def add_batch_(sums: Sums, images: Images, particles: Particles, index: Tensor, 
 
 def finish(sums: Sums, target: Target) -> Tensor:
     """(N, N, N) float32 map of the sums: symmetry, division, back to real space. `sums` may be used further."""
-    data, weight = prepare_sums(sums.data, sums.weight, target.params.symmetry)
+    data, weight = prepare_sums_(sums.data, sums.weight, target.params.symmetry)
     return reconstruct(data, weight, None, target.params.pad, target.box)[0].cpu()
 
 

@@ -2,8 +2,10 @@
 
 `refine3d` yields a frozen State an iteration; anything can be resumed from any of them. The mathematics is in refine/.
 """
+
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,16 @@ from frazil.maths.fsc import corrected_fsc
 from frazil.maths.symmetry import operators
 from frazil.refine import maximization as m_step
 from frazil.refine.accuracy import expected_accuracy
-from frazil.refine.convergence import Progress, after_changes, after_maximization, changes, coarse_window, is_converged, next_sampling, window_size
+from frazil.refine.convergence import (
+    Progress,
+    after_changes,
+    after_maximization,
+    changes,
+    coarse_window,
+    is_converged,
+    next_sampling,
+    window_size,
+)
 from frazil.refine.expectation import expectation
 from frazil.refine.initial import initial_noise, split_halves
 from frazil.refine.model import Model, Poses, Statistics
@@ -27,6 +38,8 @@ from frazil.refine.sampling import Grid, Sampling, make_grid
 from frazil.refine.windows import Engine
 
 ACCURACY_PARTICLES = 100
+SMALLEST_SHARE = 16  # batches are halved down to this share of the plan before running out of memory is an error
+log = logging.getLogger("frazil.refine3d")
 
 
 def _field(default, text: str, unit: str = "", level: str = "expert", **limits):
@@ -42,13 +55,17 @@ class Refine3dParams(BaseModel):
     symmetry: str = _field("C1", "point group of the particle: Cn, Dn, T, O, I, I1 to I4", level="basic")
     diameter: float = _field(-1.0, "diameter of the circular mask on the particles; -1: the box less the mask's edge", "Å", "basic")
     healpix_order: int = _field(2, "HEALPix order of the first coarse orientation grid (2: 15 degrees, 7.5 oversampled)", ge=0, le=7)
-    local_from_order: int = _field(4, "order from which each particle searches only near its last orientation (4: 3.7 degrees coarse)", ge=1, le=8)
+    local_from_order: int = _field(
+        4, "order from which each particle searches only near its last orientation (4: 3.7 degrees coarse)", ge=1, le=8
+    )
     offset_range: float = _field(5.0, "range of the first shift search", "px", gt=0)
     offset_step: float = _field(2.0, "coarse step of the first shift search", "px", gt=0)
     oversampling: int = _field(1, "times the coarse grid is halved in the fine pass", ge=1, le=3)
     firstiter_cc: bool = _field(True, "first iteration by cross-correlation: the reference need not be on the particles' grey scale")
     tau_fudge: float = _field(1.0, "factor on the signal prior; above 1 the resolution shown during the run is inflated", gt=0)
-    low_resolution_join: float = _field(40.0, "the halves share their signal up to this resolution, so that they keep one orientation", "Å", gt=0)
+    low_resolution_join: float = _field(
+        40.0, "the halves share their signal up to this resolution, so that they keep one orientation", "Å", gt=0
+    )
     zero_mask: bool = _field(True, "fill the particles outside the mask with zeros, not with noise")
     flatten_solvent: bool = _field(True, "mask the references between iterations: given mask, or sphere of the diameter")
     solvent_correct_fsc: bool = _field(False, "use the mask-corrected FSC of the halves during refinement (needs a mask)")
@@ -92,7 +109,9 @@ class Job:
     tick: Callable[[int], None] = lambda done: None  # particles done in this iteration; may raise to stop
 
 
-def make_engine(params: Refine3dParams, *, device: str = "cpu", dtype: torch.dtype = torch.float32, budget: int = 4 << 30, **more) -> Engine:
+def make_engine(
+    params: Refine3dParams, *, device: str = "cpu", dtype: torch.dtype = torch.float32, budget: int = 4 << 30, **more
+) -> Engine:
     """Engine settings of a refinement."""
     return Engine(
         diameter=params.diameter, mask_edge=params.mask_edge, zero_mask=params.zero_mask, pad=params.pad, fraction=params.adaptive_fraction,
@@ -149,7 +168,7 @@ def iterate(job: Job, state: State) -> State:
     if iteration > 1 and not last:
         progress, sampling, changed = next_sampling(progress, sampling, p.local_from_order, p.max_order)
         if changed:
-            models = tuple(with_uniform_directions(m, sampling) for m in models)
+            models = (with_uniform_directions(models[0], sampling), with_uniform_directions(models[1], sampling))
     coarse = coarse_window(sampling, box, pixel_size, p.diameter, size)
     sampling = sampling.perturbed(generator)
     progress = replace(progress, iteration=iteration, size=size, coarse_size=coarse, converged=last)
@@ -157,7 +176,9 @@ def iterate(job: Job, state: State) -> State:
     moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(p.symmetry))
     progress = after_changes(progress, *moved, sampling)
     particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
-    return maximize(job, replace(state, progress=progress, sampling=sampling, particles=particles, poses=poses, seconds=seconds), models, statistics, cc)
+    return maximize(
+        job, replace(state, progress=progress, sampling=sampling, particles=particles, poses=poses, seconds=seconds), models, statistics, cc
+    )
 
 
 def accuracies(job: Job, state: State, size: int, generator: torch.Generator) -> dict[str, float]:
@@ -194,7 +215,9 @@ def expect(
     for h in (1, 2):
         members = torch.nonzero(particles.half == h)[:, 0]
         tick = lambda done, before=before: job.tick(before + done)  # noqa: E731
-        some, part, clock = expectation(_Half(job.images, members), particles[members], models[h - 1], grid, job.engine, sizes, cc=cc, tick=tick)
+        some, part, clock = expectation(
+            _Half(job.images, members), particles[members], models[h - 1], grid, job.engine, sizes, cc=cc, tick=tick
+        )
         poses.put_(members, part)
         statistics.append(parked(job.engine, some))
         seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
@@ -202,9 +225,22 @@ def expect(
     return statistics, poses, seconds
 
 
+def with_less_memory(engine: Engine, work: Callable[[Engine], tuple[Statistics, Poses, dict[str, float]]]):
+    """work(engine), begun again with smaller batches when the device runs out of memory."""
+    while True:
+        try:
+            return work(engine)
+        except torch.OutOfMemoryError:
+            if engine.shrink >= SMALLEST_SHARE:
+                raise
+            log.warning("out of memory on %s: trying again with batches of 1/%d", engine.device, 2 * engine.shrink)
+            torch.cuda.empty_cache()
+            engine = replace(engine, shrink=2 * engine.shrink)
+
+
 def parked(engine: Engine, s: Statistics) -> Statistics:
-    """Statistics with their volumes in host memory if a GPU cannot hold three such pairs."""
-    if engine.device == "cpu" or 3 * (s.data.nbytes + s.weight.nbytes) < engine.budget:
+    """Statistics with their volumes in host memory if the M-step has no room on the GPU: it holds about four such pairs."""
+    if engine.device == "cpu" or 4 * (s.data.nbytes + s.weight.nbytes) < engine.budget:
         return s
     return replace(s, data=s.data.cpu(), weight=s.weight.cpu())
 
@@ -212,22 +248,22 @@ def parked(engine: Engine, s: Statistics) -> Statistics:
 def maximize(job: Job, state: State, models: tuple[Model, ...], statistics: list[Statistics], cc: bool) -> State:
     """The M-step: join, FSC, maps, parameters (spec 3.6)."""
     p, engine, progress = job.params, job.engine, state.progress
-    box, pixel_size, pad, device = models[0].box, models[0].pixel_size, p.pad, engine.device
+    box, pixel_size, pad = models[0].box, models[0].pixel_size, p.pad
     shared_shell = math.ceil(box * pixel_size / max(p.low_resolution_join, box * pixel_size / progress.shell))
     sums, low = [], []
     for s in statistics:
-        data, weight = m_step.prepare_sums(s.data[0].to(device), s.weight[0].to(device), p.symmetry, engine.implementation)
+        data, weight = m_step.prepare_sums_(s.data[0], s.weight[0], p.symmetry, engine.implementation)
         low.append(m_step.low_resolution_part(data, weight, pad, shared_shell))
-        sums.append((data.to(s.data.device), weight.to(s.weight.device)))
+        sums.append((data, weight))
     unfiltered = None
     if progress.converged or p.solvent_correct_fsc:
-        raw = [m_step.reconstruct(d.to(device, copy=True), w.to(device), None, pad, box, engine.dtype)[0].cpu() for d, w in sums]
+        raw = [m_step.reconstruct(d.clone(), w, None, pad, box, engine.dtype)[0].cpu() for d, w in sums]
         unfiltered = (raw[0], raw[1]) if progress.converged else None
     averages = []
     for (data, weight), mine, other in zip(sums, low, low[::-1], strict=True):
-        m_step.join_low_resolution_(data, weight, *((x[0].to(data.device), x[1].to(data.device)) for x in (mine, other)), pad, shared_shell)
-        averages.append(m_step.averages(data.to(device), weight.to(device), pad))
-    fsc = m_step.fsc_of_averages(*averages, box)
+        m_step.join_low_resolution_(data, weight, mine, other, pad, shared_shell)
+        averages.append(m_step.averages(data, weight, pad))
+    fsc = m_step.fsc_of_averages(averages[0], averages[1], box)
     if p.solvent_correct_fsc and job.mask is not None:
         fsc = solvent_corrected(raw, job.mask, progress.size, job.engine.seed + progress.iteration)
     updated = [update(job, model, s, state.particles, h, cc) for h, (model, s) in enumerate(zip(models, statistics, strict=True), 1)]
@@ -235,9 +271,9 @@ def maximize(job: Job, state: State, models: tuple[Model, ...], statistics: list
     joined = None
     if progress.converged:
         (data, weight), (data2, weight2) = sums
-        joined = new_map(job, updated[0], (data + data2).to(device), (weight + weight2).to(device), fsc, cc, joined=True)
+        joined = new_map(job, updated[0], data + data2, weight + weight2, fsc, cc, joined=True)
         ssnr = joined.data_vs_prior[0]
-    maps = [new_map(job, model, d.to(device), w.to(device), fsc, cc, joined=False) for model, (d, w) in zip(updated, sums, strict=True)]
+    maps = [new_map(job, model, d, w, fsc, cc, joined=False) for model, (d, w) in zip(updated, sums, strict=True)]
     if joined is None:
         ssnr = maps[0].data_vs_prior[0]
     initial_shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else None
@@ -272,5 +308,11 @@ def new_map(job: Job, model: Model, data: Tensor, weight: Tensor, fsc: Tensor, c
     if p.flatten_solvent and not joined:
         density = m_step.flatten_solvent(density, model.pixel_size, p.diameter, p.mask_edge, job.mask, job.mask2)
     return replace(
-        model, maps=density[None].cpu(), tau2=tau2[None], data_vs_prior=ssnr[None], fsc=fsc, sigma2_map=sigma2_map[None], coverage=coverage[None]
+        model,
+        maps=density[None].cpu(),
+        tau2=tau2[None],
+        data_vs_prior=ssnr[None],
+        fsc=fsc,
+        sigma2_map=sigma2_map[None],
+        coverage=coverage[None],
     )

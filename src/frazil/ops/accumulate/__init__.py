@@ -57,8 +57,8 @@ class EntryWeights:
         return table
 
 
-def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor, gain: Tensor,
-               unmasked: Tensor, inverse: Tensor, shell: Tensor, n_shells: int, scale_pixels: Tensor,
+def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor,
+               gain: Tensor, unmasked: Tensor, inverse: Tensor, shell: Tensor, n_shells: int, scale_pixels: Tensor,
                *, implementation: str | None = None) -> Sums:
     """Sums over r (slice, image) rows with posterior weights Γ at T shifts.
 
@@ -71,8 +71,6 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     shell (p,) int64 in [0, n_shells); scale_pixels (p,) bool. x and q are summed by shell over all rows (cross, power), and by
     row over all pixels and over scale_pixels (rows). Raises ValueError for shapes, types or indices that do not fit.
     """
-    if isinstance(weights, EntryWeights) and pick(slices, implementation) == "reference":
-        weights = weights.dense()
     _check(slices, weights, phases, (masked, unmasked), (gain, inverse))
     check_rows(row_slice, row_image, len(slices), len(masked))
     p = slices.shape[1]
@@ -81,7 +79,8 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
                          f"{tuple(shell.shape)}, {tuple(scale_pixels.shape)} {scale_pixels.dtype}")
     if shell.dtype != torch.int64 or not bool((shell.amin() >= 0) & (shell.amax() < n_shells)):
         raise ValueError(f"shell must be int64 within [0, {n_shells})")
-    match pick(slices, implementation):
+    chosen = pick(slices, implementation)
+    match chosen:
         case "reference":
             from .reference import accumulate as run
         case "cpu":
@@ -90,7 +89,9 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
             from .triton import accumulate as run
         case other:
             raise ValueError(f"accumulate has no implementation {other!r}")
-    data, weight, x, q, rows = run(slices, row_slice, row_image, weights, phases, masked, gain, unmasked, inverse, scale_pixels)
+    if isinstance(weights, EntryWeights) and chosen == "reference":
+        weights = weights.dense()
+    data, weight, x, q, rows = run(slices, row_slice, row_image, weights, phases, masked, gain, unmasked, inverse, scale_pixels)  # pyright: ignore[reportArgumentType]
     cross, power = torch.zeros(2, n_shells, dtype=torch.float64, device=slices.device).index_add_(1, shell, torch.stack([x, q])).unbind()
     return Sums(data, weight, cross, power, rows)
 

@@ -72,8 +72,8 @@ def _pieces(row_slice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return name[owner], torch.cat([start, start.new_full((1,), len(row_slice))]), (number[owner] == 1).int()
 
 
-def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor, gain: Tensor,
-               unmasked: Tensor, inverse: Tensor, scale_pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor,
+               gain: Tensor, unmasked: Tensor, inverse: Tensor, scale_pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See frazil.ops.accumulate: (D, W, Σ_rows x (p,), Σ_rows q (p,), rows)."""
     n, p = len(row_slice), slices.shape[1]
     right = torch.cat([phases.real.T, phases.imag.T], 1)  # (T, 2p): A is planar, [re | im]

@@ -69,7 +69,7 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
     is then short even where L is flat, and `left_out` says how much it lacks (hand it to `significant`). The set is found from a
     histogram, so some more than needed are listed, never fewer.
     cc: only the single best hypothesis of each image, by cross/sqrt(power); of the priors only −inf counts.
-    batch: images at a time (None: by memory). tf32: on a GPU the products may use TF32; they only rank.
+    batch: images at a time (None: by memory). tf32: the products may use TF32 on a GPU, bfloat16 inputs on a CPU; they only rank.
     """
     _check_arrays(slices, images, power, phases)
     shapes = ((2, len(slices)), (len(images), phases.shape[1]))
@@ -89,7 +89,7 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
             return Candidates(*run_reference(*args, depth, keep, cc))
         case "cpu":
             from .cpu import candidates as run_cpu
-            return Candidates(*run_cpu(*args, depth, keep, cc, batch))
+            return Candidates(*run_cpu(*args, depth, keep, cc, batch, tf32 and not cc))
         case "triton":
             from .triton import candidates as run_triton
             return Candidates(*run_triton(*args, depth, keep, cc, batch, tf32))

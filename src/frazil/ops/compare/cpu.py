@@ -6,6 +6,9 @@ handing over between the two pools of threads (about 50 µs) does not show.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numba
 import numpy as np
 import torch
@@ -195,8 +198,26 @@ def _list(even, odd, offset, shift, peak, depth, top, bins, start, hypothesis, s
                     place += 1
 
 
-def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor,
-               depth: float, fraction: float, cc: bool, batch: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@contextmanager
+def bf16_products(allow: bool) -> Iterator[None]:
+    """float32 matrix products with bfloat16 inputs and float32 sums, where the processor has units for them (AMX, AVX-512 BF16).
+
+    Measured relative error of a score: 2e-3 of the root of its summed squares, 0.05 nats for a particle of usual contrast.
+    """
+    if not (allow and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor, depth: float,
+               fraction: float, cc: bool, batch: int | None, rank_only: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See frazil.ops.compare.candidates: fields of Candidates."""
     follow_threads()
     (h, p), b, shifts = slices.shape, len(images), phases.shape[1]
@@ -213,8 +234,9 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
         n = min(batch, b - first)
         part = slice(first, first + n)
         _shift_images(y[part], e, work[:, :n].numpy())
-        for side, s in enumerate((s_re, s_im)):
-            torch.mm(work[side, :n].view(n * shifts, p), s.T, out=score[side, :n].view(n * shifts, h))
+        with bf16_products(rank_only):
+            for side, s in enumerate((s_re, s_im)):
+                torch.mm(work[side, :n].view(n * shifts, p), s.T, out=score[side, :n].view(n * shifts, h))
         norm = power[part] @ s_power.T
         if cc:
             score[:, :n] *= torch.where(norm > 0, norm.rsqrt(), 0)[:, None, :]

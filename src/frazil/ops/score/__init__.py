@@ -6,6 +6,7 @@ An *entry* is a significant coarse sample: orientation, image, coarse shift. All
 
 README.md says why this is not a dense product on a CPU, and is one on a GPU.
 """
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -26,9 +27,13 @@ def score(
     n_o, p = len(slices) // children[0], slices.shape[1]
     n, b, n_t = len(orientation), len(images), phases.shape[1] // children[1]
     if len(slices) % children[0] or phases.shape != (p, n_t * children[1]) or images.shape != (b, p) or power.shape != (b, p):
-        raise ValueError(f"score: slices {tuple(slices.shape)}, images {tuple(images.shape)}, phases {tuple(phases.shape)} do not fit {children}")
+        raise ValueError(
+            f"score: slices {tuple(slices.shape)}, images {tuple(images.shape)}, phases {tuple(phases.shape)} do not fit {children}"
+        )
     if not (len(image) == len(shift) == len(log_prior) == n):
-        raise ValueError(f"score: {n} orientations, {len(image)} images, {len(shift)} shifts, {len(log_prior)} priors; expected equally many")
+        raise ValueError(
+            f"score: {n} orientations, {len(image)} images, {len(shift)} shifts, {len(log_prior)} priors; expected equally many"
+        )
     if n == 0:
         return power.new_zeros(0, *children)
     if slices.device.type == "cpu":

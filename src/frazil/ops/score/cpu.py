@@ -1,4 +1,5 @@
 """score in Numba: a pair's product conj(S) Y stays in the first-level cache while only the wanted shifts are taken from it."""
+
 from __future__ import annotations
 
 import numba
@@ -68,5 +69,6 @@ def score(slices, orientation, image, shift, log_prior, images, power, phases, c
     split = torch.cat([phases.real.T, -phases.imag.T], 1).contiguous()
     flat = [torch.view_as_real(x.contiguous().resolve_conj()).flatten(1) for x in (slices, images)]
     args = (flat[0], start, orientation, image, shift, log_prior.to(power.dtype), flat[1], power.contiguous(), split)
-    _score(*(x.contiguous().numpy() for x in args), children[0], cc, out.numpy())
+    arrays = [x.contiguous().numpy() for x in args]
+    _score(*arrays, children[0], cc, out.numpy())  # pyright: ignore[reportCallIssue]
     return out

@@ -1,4 +1,5 @@
 """score on a GPU: every shift of every (orientation, image) pair as one product (ops/compare), then the wanted ones are picked."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """score by its formula, an entry at a time."""
+
 from __future__ import annotations
 
 import torch
