@@ -24,7 +24,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from frazil.io.models import model_map
+from frazil.io.models import density_from_model
 from frazil.io.mrc import read_map, write_mrc
 from frazil.io.star import read_star
 from frazil.maths.fsc import fsc
@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
 
 def model_density(folder: Path) -> Tensor:
     """(64, 64, 64) density of 5A1A on the particles' grid, written as reference.mrc."""
-    volume = model_map(DATA / "5a1a.cif.gz", box=64, pixel_size=3.54)
+    volume = density_from_model(DATA / "5a1a.cif.gz", 64, 3.54)
     write_mrc(folder / "reference.mrc", volume.data, volume.pixel_size)
     return volume.data
 

@@ -60,8 +60,10 @@ def run(params: Params, run: Run) -> None:
     used = usable_particles(params, run, table, images)
     particles = table.particles[used]
     warn_of_oddities(params, run, table, images, used)
-    job = Job(_Subset(images, used), params, engine(params, run), *masks, tick=lambda done: tick(run, len(particles), done))
     saved = run.load_checkpoint()
+    budget = memory_budget(run, (saved or {}).get("budget", 0))
+    settings = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
+    job = Job(_Subset(images, used), params, settings, *masks, tick=lambda done: tick(run, len(particles), done))
     if saved is None:
         state = initial_state(job, particles, reference)
         size = f"box {reference.data.shape[-1]} px of {reference.pixel_size:g} Å"
@@ -74,7 +76,7 @@ def run(params: Params, run: Run) -> None:
         record(run, params, state)
         if params.write_iterations and not state.progress.converged:
             write_iteration(run, params, state, table, used, f"run_it{state.progress.iteration:03d}")
-        run.save_checkpoint(pack_state(state))
+        run.save_checkpoint({**pack_state(state), "budget": budget})
         run.check_stop()
     write_results(run, params, state, table, used)
 
@@ -196,18 +198,18 @@ def warn_unnormalised(run: Run, params: Params, particles: Particles, images: St
         run.warn(f"particles look un-normalised: {found}, expected 0 and 1; re-extract them")
 
 
-def memory_budget(run: Run) -> int:
-    """Bytes the engine may work in: of the GPU's free memory 90 %, of the main memory half, or what --gpu-memory says."""
+def memory_budget(run: Run, before: int = 0) -> int:
+    """Bytes the engine may work in: what --gpu-memory says, else 90 % of a GPU's free memory or about half of the main memory.
+
+    The budget decides the batches, these the rounding of sums, and rounding which of two like samples counts: a resumed run keeps
+    what it had `before` if there is room, and main memory goes by powers of two, so that a repeated run gives the same map.
+    """
     if run.gpu_memory:
         return run.gpu_memory
-    if run.device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(run.device)[0])
-    return int(CPU_BUDGET * psutil.virtual_memory().available)
-
-
-def engine(params: Params, run: Run):
-    """Engine settings of this run."""
-    return make_engine(params, device=str(run.device), budget=memory_budget(run), seed=run.seed)
+    free = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else psutil.virtual_memory().available
+    if 0 < before < free:
+        return before
+    return int(0.9 * free) if run.device.type == "cuda" else 1 << (int(CPU_BUDGET * free).bit_length() - 1)
 
 
 def peak_memory(run: Run) -> int:

@@ -75,13 +75,20 @@ def model_blocks(
     for g, (sigma2, optics) in enumerate(zip(model.sigma2, state.particles.optics, strict=True), 1):
         columns = resolution_columns(len(sigma2), optics.box, optics.pixel_size)
         del columns["rlnAngstromResolution"]
-        noise.append(pd.DataFrame({**columns, "rlnSigma2Noise": sigma2.numpy()}))
-        blocks[f"model_optics_group_{g}"] = noise[-1]
-    for m, g in enumerate(optics_of_micrographs(state.particles), 1):  # RELION 3.1 looks for the noise here
+        blocks[f"model_optics_group_{g}"] = pd.DataFrame({**columns, "rlnSigma2Noise": sigma2.numpy()})
+        scale = optics.box * optics.pixel_size / (box * a)
+        noise.append(noise_of_model_shells(sigma2, scale, resolution_columns(shells, box, a)))
+    for m, g in enumerate(optics_of_micrographs(state.particles), 1):  # where RELION 3.1 looks for the noise
         blocks[f"model_group_{m}"] = noise[g]
     for k in range(model.classes):
         blocks[f"model_pdf_orient_class_{k + 1}"] = pd.DataFrame({"rlnOrientationDistribution": model.pdf_direction[k].numpy()})
     return blocks
+
+
+def noise_of_model_shells(sigma2: Tensor, scale: float, columns: dict[str, np.ndarray]) -> pd.DataFrame:
+    """A noise spectrum on the shells of the model, as RELION 3.1 keeps it; scale: side of the images' box over the model's, in Å."""
+    nearest = np.minimum(np.round(columns["rlnSpectralIndex"] * scale).astype(int), len(sigma2) - 1)
+    return pd.DataFrame({name: columns[name] for name in ("rlnSpectralIndex", "rlnResolution")} | {"rlnSigma2Noise": sigma2.numpy()[nearest]})
 
 
 def optics_of_micrographs(particles: Particles) -> list[int]:

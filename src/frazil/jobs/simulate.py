@@ -96,8 +96,13 @@ def source_density(params: Params, seed: int) -> Phantom | Volume:
 
 
 def write(made: Simulated, folder: Path, params: Params) -> None:
-    """The files of simulated particles, in a folder that exists; STAR paths of stacks are relative to it."""
+    """The files of simulated particles, in a folder that exists.
+
+    Stacks are named as RELION does, relative to the project: the current folder where the run's is inside it, else in full.
+    """
     (folder / "stacks").mkdir(exist_ok=True)
+    inside = folder.resolve().is_relative_to(Path.cwd())
+    named = folder.resolve().relative_to(Path.cwd()) if inside else folder.resolve()
     particles = made.particles
     name = [""] * len(particles)
     for m, micrograph in enumerate(particles.micrographs):
@@ -105,7 +110,7 @@ def write(made: Simulated, folder: Path, params: Params) -> None:
         stack = f"stacks/{Path(micrograph).stem}.mrcs"
         write_mrc(folder / stack, made.images[members], particles.optics[int(particles.group[members[0]])].pixel_size, stack=True)
         for place, i in enumerate(members.tolist()):
-            name[i] = f"{place + 1:06d}@{stack}"
+            name[i] = f"{place + 1:06d}@{named / stack}"
     table = make_particle_set(particles, name)
     write_particles(folder / "truth.star", table)
     if params.with_truth:

@@ -147,7 +147,7 @@ def wiener(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: i
         prior = torch.where(t > 1e-20, 1 / (kappa * t.clamp(min=1e-300)), none)
         return torch.where(shell >= MIN_SHELL, w + prior, w)
 
-    for part, radius in slabs(m, data.device):
+    for part, radius in slabs(m, data.device, most=1 << 22):
         inside = radius <= m - 1
         reg = regularised(part, radius)
         floor_shell = (radius / pad).long().clamp(max=shells)
@@ -159,7 +159,7 @@ def wiener(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: i
             hits.index_add_(0, shell[inside], hit[inside].double())
             count.index_add_(0, shell[inside], torch.ones_like(reg[inside]))
     least = torch.where(floor_count > 0, floor_sum / floor_count.clamp(min=1), 0) / 1000
-    for part, radius in slabs(m, data.device):
+    for part, radius in slabs(m, data.device, most=1 << 22):
         reg = regularised(part, radius)
         reg = torch.maximum(reg, least[(radius / pad).long().clamp(max=shells)])
         good = (radius < m - 1 + 1e-9) & (reg > 0)

@@ -29,6 +29,7 @@ from frazil.refine.convergence import (
     coarse_window,
     is_converged,
     next_sampling,
+    resolution_step,
     window_size,
 )
 from frazil.refine.expectation import expectation
@@ -58,7 +59,7 @@ class Refine3dParams(BaseModel):
     local_from_order: int = _field(
         4, "order from which each particle searches only near its last orientation (4: 3.7 degrees coarse)", ge=1, le=8
     )
-    offset_range: float = _field(5.0, "range of the first shift search", "px", gt=0)
+    offset_range: float = _field(8.0, "range of the first shift search", "px", gt=0)
     offset_step: float = _field(2.0, "coarse step of the first shift search", "px", gt=0)
     oversampling: int = _field(1, "times the coarse grid is halved in the fine pass", ge=1, le=3)
     firstiter_cc: bool = _field(True, "first iteration by cross-correlation: the reference need not be on the particles' grey scale")
@@ -79,6 +80,9 @@ class Refine3dParams(BaseModel):
     scale: bool = _field(True, "estimate a scale for every micrograph")
     ctf_intact_first_peak: bool = _field(False, "leave the CTF 1 before its first peak")
     max_order: int | None = _field(None, "finest coarse HEALPix order to go to; none: as the accuracy asks")
+    sample_to_accuracy: bool = _field(
+        False, "refine the sampling until its step is 0.75 of the expected accuracy, as RELION does, even where d/D is coarser"
+    )
     iterations: int = _field(999, "iterations after which an unconverged run stops, without joining the halves", ge=1)
 
 
@@ -166,7 +170,8 @@ def iterate(job: Job, state: State) -> State:
     if not cc:
         progress = replace(progress, **accuracies(job, state, size, generator))
     if iteration > 1 and not last:
-        progress, sampling, changed = next_sampling(progress, sampling, p.local_from_order, p.max_order)
+        enough = 0.0 if p.sample_to_accuracy else resolution_step(models[0].fsc, box, pixel_size, p.diameter)
+        progress, sampling, changed = next_sampling(progress, sampling, p.local_from_order, p.max_order, enough)
         if changed:
             models = (with_uniform_directions(models[0], sampling), with_uniform_directions(models[1], sampling))
     coarse = coarse_window(sampling, box, pixel_size, p.diameter, size)
@@ -245,24 +250,32 @@ def parked(engine: Engine, s: Statistics) -> Statistics:
     return replace(s, data=s.data.cpu(), weight=s.weight.cpu())
 
 
+def workplace(engine: Engine, s: Statistics, group: str) -> str:
+    """Where one half at a time is worked on in the M-step: the GPU if its sums fit beside their workspace, else main memory."""
+    need = (2.0 if group.upper() == "C1" else 3.2) * (s.data.nbytes + s.weight.nbytes)
+    return engine.device if engine.device != "cpu" and need < engine.budget else "cpu"
+
+
 def maximize(job: Job, state: State, models: tuple[Model, ...], statistics: list[Statistics], cc: bool) -> State:
     """The M-step: join, FSC, maps, parameters (spec 3.6)."""
     p, engine, progress = job.params, job.engine, state.progress
     box, pixel_size, pad = models[0].box, models[0].pixel_size, p.pad
     shared_shell = math.ceil(box * pixel_size / max(p.low_resolution_join, box * pixel_size / progress.shell))
+    home, where = statistics[0].data.device, workplace(engine, statistics[0], p.symmetry)
     sums, low = [], []
     for s in statistics:
-        data, weight = m_step.prepare_sums_(s.data[0], s.weight[0], p.symmetry, engine.implementation)
+        data, weight = m_step.prepare_sums_(s.data[0].to(where), s.weight[0].to(where), p.symmetry, engine.implementation)
+        data, weight = data.to(home), weight.to(home)
         low.append(m_step.low_resolution_part(data, weight, pad, shared_shell))
         sums.append((data, weight))
     unfiltered = None
     if progress.converged or p.solvent_correct_fsc:
-        raw = [m_step.reconstruct(d.clone(), w, None, pad, box, engine.dtype)[0].cpu() for d, w in sums]
+        raw = [m_step.reconstruct(d.to(where, copy=True), w.to(where), None, pad, box, engine.dtype)[0].cpu() for d, w in sums]
         unfiltered = (raw[0], raw[1]) if progress.converged else None
     averages = []
     for (data, weight), mine, other in zip(sums, low, low[::-1], strict=True):
         m_step.join_low_resolution_(data, weight, mine, other, pad, shared_shell)
-        averages.append(m_step.averages(data, weight, pad))
+        averages.append(m_step.averages(data.to(where), weight.to(where), pad))
     fsc = m_step.fsc_of_averages(averages[0], averages[1], box)
     if p.solvent_correct_fsc and job.mask is not None:
         fsc = solvent_corrected(raw, job.mask, progress.size, job.engine.seed + progress.iteration)
@@ -271,9 +284,9 @@ def maximize(job: Job, state: State, models: tuple[Model, ...], statistics: list
     joined = None
     if progress.converged:
         (data, weight), (data2, weight2) = sums
-        joined = new_map(job, updated[0], data + data2, weight + weight2, fsc, cc, joined=True)
+        joined = new_map(job, updated[0], (data + data2).to(where), (weight + weight2).to(where), fsc, cc, joined=True)
         ssnr = joined.data_vs_prior[0]
-    maps = [new_map(job, model, d, w, fsc, cc, joined=False) for model, (d, w) in zip(updated, sums, strict=True)]
+    maps = [new_map(job, model, d.to(where), w.to(where), fsc, cc, joined=False) for model, (d, w) in zip(updated, sums, strict=True)]
     if joined is None:
         ssnr = maps[0].data_vs_prior[0]
     initial_shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else None
