@@ -178,11 +178,12 @@ class TestWithTheScalesOfEachProcess:
         pair = repeat(n, True)
         for a, b in pair.halves():
             everything = slice(0, BOX // 2 + 1)
-            assert worst(a.sigma2[0], b.sigma2[0], everything) < 3e-4  # bar 1 %
-            assert worst(a.sigma2_map, b.sigma2_map, pair.shells) < 1e-3
-            assert worst(a.tau2, b.tau2, pair.shells) < 5e-3  # bar 1 %
-            assert (a.fsc - b.fsc).abs().max() < 1e-3
-            assert (a.coverage[0] - b.coverage[0]).abs().max() < 2e-3
+            assert worst(a.sigma2[0], b.sigma2[0], everything) < 1e-4  # bar 1 %
+            assert worst(a.sigma2_map, b.sigma2_map, pair.shells) < 1e-4
+            # One particle of 755 goes another way in 4 to 5 (test_posteriors).
+            assert worst(a.tau2, b.tau2, pair.shells) < {4: 6e-3, 8: 2e-4}[n]  # bar 1 %
+            assert (a.fsc - b.fsc).abs().max() < {4: 1e-3, 8: 1e-5}[n]
+            assert (a.coverage[0] - b.coverage[0]).abs().max() < {4: 3e-3, 8: 1e-5}[n]
 
     @ITERATIONS
     def test_poses(self, repeat, n):
@@ -227,7 +228,7 @@ class TestWithTheScalesOfEachProcess:
 
     @ITERATIONS
     def test_maps_with_relions_edge(self, repeat, n):
-        """The same sums divided as RELION divides them: no prior at |p| = P·r_max exactly. The maps then agree to 0.05 %."""
+        """The same sums divided as RELION divides them: no prior at |p| = P·r_max exactly. The maps then agree to 0.07 %."""
         pair = repeat(n, True)
         for ours, (_, theirs) in zip(relion_maps(pair), pair.halves(), strict=True):
             assert relative(ours, theirs.maps[0]) < 2e-3

@@ -205,6 +205,8 @@ def memory_budget(run: Run, before: int = 0) -> int:
     what it had `before` if there is room, and main memory goes by powers of two, so that a repeated run gives the same map.
     """
     if run.gpu_memory:
+        if run.device.type == "cuda":  # makes torch give cached blocks back rather than pass the limit
+            torch.cuda.set_per_process_memory_fraction(min(1.0, run.gpu_memory / torch.cuda.mem_get_info(run.device)[1]), run.device)
         return run.gpu_memory
     free = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else psutil.virtual_memory().available
     if 0 < before < free:
@@ -225,7 +227,7 @@ def record(run: Run, params: Params, state: State) -> None:
     scale = model.box * model.pixel_size
     run.event(
         "iteration", iteration=p.iteration, box=model.box, pixel_size=model.pixel_size, resolution=scale / max(p.shell, 1),
-        current_size=p.size, coarse_size=p.coarse_size,
+        current_size=p.size, peak_gb=peak_memory(run) / 1e9, coarse_size=p.coarse_size,
         healpix_order=state.sampling.order, local=state.sampling.sigma is not None, offset_range=state.sampling.offset_range,
         offset_step=state.sampling.offset_step, accuracy_rotation=p.accuracy_rotation, accuracy_shift=p.accuracy_shift,
         pmax=model.ave_pmax, changes_rotation=p.change_rotation, changes_shift=p.change_shift, sigma_offset=model.sigma_offset,

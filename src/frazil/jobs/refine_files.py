@@ -88,7 +88,8 @@ def model_blocks(
 def noise_of_model_shells(sigma2: Tensor, scale: float, columns: dict[str, np.ndarray]) -> pd.DataFrame:
     """A noise spectrum on the shells of the model, as RELION 3.1 keeps it; scale: side of the images' box over the model's, in Å."""
     nearest = np.minimum(np.round(columns["rlnSpectralIndex"] * scale).astype(int), len(sigma2) - 1)
-    return pd.DataFrame({name: columns[name] for name in ("rlnSpectralIndex", "rlnResolution")} | {"rlnSigma2Noise": sigma2.numpy()[nearest]})
+    shells = {name: columns[name] for name in ("rlnSpectralIndex", "rlnResolution")}
+    return pd.DataFrame({**shells, "rlnSigma2Noise": sigma2.numpy()[nearest]})
 
 
 def optics_of_micrographs(particles: Particles) -> list[int]:

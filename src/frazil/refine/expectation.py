@@ -269,7 +269,9 @@ def add_statistics(step: Pass, frame: Frame, fine: Fine, gamma: Tensor, per_imag
     total = torch.zeros(n, dtype=torch.float64, device=gamma.device).index_add_(0, fine.image, each_entry)
     n_shells = w.window_power.shape[1]
     beyond = w.power[:, n_shells:]
-    sums.sigma2[group][:n_shells] += (w.window_power * total[:, None]).sum(0).cpu()
+    # The window's last shell lacks the pixels at ky = −n_c/2; the model is zero there, so whole shells are exact. RELION sums the window.
+    power = w.window_power if step.engine.relion_form else w.power[:, :n_shells]
+    sums.sigma2[group][:n_shells] += (power * total[:, None]).sum(0).cpu()
     sums.sigma2[group][n_shells:] += beyond.sum(0).cpu()
     sums.sigma2_weight[group] += float(total.sum())
     orientation = fine.slices.orientation[:: grid.children][fine.orientation.cpu()]
@@ -284,7 +286,7 @@ def add_statistics(step: Pass, frame: Frame, fine: Fine, gamma: Tensor, per_imag
     each = per_image.cpu()
     sums.scale_cross.index_add_(0, micrograph, each[:, 2] / s)
     sums.scale_power.index_add_(0, micrograph, each[:, 3] / s**2)
-    inside = (w.window_power.sum(1) * total).cpu() - 2 * each[:, 0] + each[:, 1]
+    inside = (power.sum(1) * total).cpu() - 2 * each[:, 0] + each[:, 1]
     return inside + beyond.sum(1).cpu()
 
 

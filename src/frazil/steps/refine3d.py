@@ -75,7 +75,9 @@ class Refine3dParams(BaseModel):
     perturb: float = _field(0.5, "random perturbation of the sampling each iteration, in coarse steps; 0: none", ge=0, le=1)
     sigma_offset: float = _field(10.0, "first standard deviation of the shifts", "Å", gt=0)
     adaptive_fraction: float = _field(0.999, "posterior mass of the coarse samples that go to the fine pass", gt=0, le=1)
-    max_significant: int = _field(-1, "most coarse samples a particle may take to the fine pass; -1: no limit")
+    max_significant: int = _field(
+        1000, "most coarse samples a particle may take to the fine pass (only flat posteriors have more); -1: no limit, as RELION"
+    )
     norm: bool = _field(True, "estimate a norm correction for every particle")
     scale: bool = _field(True, "estimate a scale for every micrograph")
     ctf_intact_first_peak: bool = _field(False, "leave the CTF 1 before its first peak")
@@ -252,7 +254,7 @@ def parked(engine: Engine, s: Statistics) -> Statistics:
 
 def workplace(engine: Engine, s: Statistics, group: str) -> str:
     """Where one half at a time is worked on in the M-step: the GPU if its sums fit beside their workspace, else main memory."""
-    need = (2.0 if group.upper() == "C1" else 3.2) * (s.data.nbytes + s.weight.nbytes)
+    need = (1.6 if group.upper() == "C1" else 2.8) * (s.data.nbytes + s.weight.nbytes)
     return engine.device if engine.device != "cpu" and need < engine.budget else "cpu"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from frazil.ops.accumulate import EntryWeights
 from frazil.ops.compare.triton import floats, matmul_precision
 
-WORK_BYTES = 1 << 30  # of A, and of the sums of the pieces
+WORK_BYTES = 1 << 28  # of A, and of the sums of the pieces
 PIXELS = 256  # a block
 PIECE = 64  # rows at most
 

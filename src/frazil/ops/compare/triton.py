@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WORK_BYTES = 1 << 30  # of the factors of `compare`, of the scores of `candidates`
+WORK_BYTES = 1 << 28  # of the factors of `compare`, of the scores of `candidates`
 PIXELS = 512  # a block of the elementwise loops
 TILE = 1024  # hypotheses a program of `candidates` looks at
 BINS = 128  # of the histogram of L between best − depth and best
