@@ -314,13 +314,13 @@ def test_the_search_is_local_from_the_start_if_its_order_says_so(data: Path, tmp
     assert not any(event["local"] for event in iterations(everywhere))
 
 
-def test_orders_end_at_the_limit(data: Path, finished: Path, tmp_path: Path) -> None:
-    assert max(event["healpix_order"] for event in iterations(finished)) == 2
-    out = refine(data, tmp_path / "run", "--max-order", 3, "--local-from-order", 3)
+@pytest.mark.parametrize("limit", [1, 2])
+def test_orders_grow_up_to_the_limit_and_become_local_where_told(data: Path, tmp_path: Path, limit: int) -> None:
+    out = refine(data, tmp_path / "run", "--healpix-order", 1, "--max-order", limit, "--local-from-order", 2)
     orders = [event["healpix_order"] for event in iterations(out)]
-    assert set(orders) == {2, 3} and orders == sorted(orders)
-    assert [event["local"] for event in iterations(out)] == [order == 3 for order in orders]
-    assert len(read_star(out / "run_sampling.star")["sampling_directions"]) == 768
+    assert set(orders) == set(range(1, limit + 1)) and orders == sorted(orders) and last(out)["converged"]
+    assert [event["local"] for event in iterations(out)] == [order == 2 for order in orders]
+    assert len(read_star(out / "run_sampling.star")["sampling_directions"]) == 12 * 4**limit
 
 
 def test_half_sets_that_are_given_are_kept(data: Path, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def with_limit(words: list[str], limit: int) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize("options, name", [
     (("--write-iterations",), "run_it001_half1_class001.mrc"),
-    pytest.param((), "checkpoint.pt", marks=pytest.mark.xfail(reason="run.save_checkpoint: torch hides the system's error", strict=True)),
+    ((), "checkpoint.pt"),
 ])  # fmt: skip
 def test_writes_that_fail_in_the_middle(data: Path, tmp_path: Path, options, name) -> None:
     out = tmp_path / "run"

@@ -103,11 +103,11 @@ def test_demo_says_how_near_the_truth_it_came(tmp_path, capsys):
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "resolution by half maps" in said and "report.html" in said and "median error" in said
-    figures = [json.loads(line) for line in (tmp_path / "demo" / "events.jsonl").read_text().splitlines()]
-    found = next(f for f in figures if f["event"] == "compared")
+    found = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert found["resolution"] < 20 and found["truth_05"] < 16 and found["angle"] < 5
     assert (tmp_path / "demo" / "refine3d" / "report.html").exists()
     # The truth written beside it is in the frame of the map that was found.
     final, moved = (read_map(tmp_path / "demo" / name).data for name in ("refine3d/run_class001.mrc", "truth_moved.mrc"))
     assert torch.corrcoef(torch.stack([final.flatten(), moved.flatten()]))[0, 1] > 0.85
+    assert main(arguments) == 2 and "--resume" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0

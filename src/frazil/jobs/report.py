@@ -150,7 +150,8 @@ def solvent_mask(found: Findings, box: int) -> tuple[torch.Tensor, str]:
         path = Path(found.job.get("directory", "")) / path
     if path and path.exists():
         return read_map(path).data, path.name
-    diameter = float(found.parameters.get("diameter") or 0) or 0.84 * box * found.pixel_size
+    diameter = float(found.parameters.get("diameter") or 0)
+    diameter = diameter if diameter > 0 else 0.84 * box * found.pixel_size  # -1: the whole box
     radius = min(diameter / (2 * found.pixel_size), box / 2 - MASK_EDGE)
     return soft_sphere(box, radius, MASK_EDGE), f"sphere of {2 * radius * found.pixel_size:.0f} Å"
 

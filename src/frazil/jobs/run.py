@@ -189,7 +189,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.finished:
-            self._console.print(f"{self.path}: the {self.job} run is finished already, nothing to do")
+            self._console.print(f"{self.path}: the {self.job} run is finished already, nothing to do", soft_wrap=True)
             return
         try:
             self._end(error)
@@ -344,13 +344,13 @@ class Run:
     def note(self, line: str) -> None:
         """A line for log.txt and the terminal."""
         self._log.info("%s", line)
-        self._console.print(line)
+        self._console.print(line, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         """A warning for log.txt, events.jsonl, the report and the terminal."""
         self._log.warning("%s", line)
         self.event("warning", message=line)
-        self._console.print(f"warning: {line}")
+        self._console.print(f"warning: {line}", soft_wrap=True)
 
     def summary(self, *lines: str) -> None:
         """Lines to print when the job is done: what a person wants to know."""
@@ -362,8 +362,11 @@ class Run:
 
     def save_checkpoint(self, state: dict[str, Any], name: str = "checkpoint.pt") -> None:
         """Keep `state` (tensors, numbers, text, lists and dicts of them) so that a resumed run can go on from here."""
-        with atomic_path(self.path / name) as temporary:
-            torch.save(state, temporary)
+        with atomic_path(self.path / name) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's own error hides that of the system: no space, quota, …
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
 
     def load_checkpoint(self, name: str = "checkpoint.pt") -> dict[str, Any] | None:
         """The state saved last, on the CPU; None where there is none."""

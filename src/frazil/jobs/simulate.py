@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from frazil.data import BadInput, Optics, Volume
 from frazil.io.mrc import read_map, write_mrc
@@ -17,11 +18,12 @@ from frazil.simulate import Phantom, Settings, Simulated, phantom, simulate_part
 
 POSITIONAL: tuple[str, ...] = ()
 HAS_RUN_DIRECTORY = True
-EXPERT = {"level": "expert"}
+EXPERT: JsonDict = {"level": "expert"}
 
 
-def _expert(unit: str = "") -> dict[str, str]:
-    return {**EXPERT, **({"unit": unit} if unit else {})}
+def _expert(unit: str) -> JsonDict:
+    """Marks of an expert parameter with a unit."""
+    return {"level": "expert", "unit": unit}
 
 
 class Params(BaseModel):
@@ -70,11 +72,13 @@ def make(params: Params, seed: int) -> Simulated:
     if params.defocus_max < params.defocus_min:
         raise BadInput(f"--defocus-max: {params.defocus_max:g} is below --defocus-min {params.defocus_min:g}")
     source = source_density(params, seed)
-    common = {"voltage": params.voltage, "cs": params.cs, "amplitude_contrast": params.amplitude_contrast}
-    optics = []
-    for g in range(params.optics_groups):
-        box = 2 * round(params.box * (9 / 8) ** g / 2)
-        optics.append(Optics(round(params.pixel_size * (11 / 12) ** g, 4), box, name=f"opticsGroup{g + 1}", **common))
+    optics = [
+        Optics(
+            round(params.pixel_size * (11 / 12) ** g, 4), 2 * round(params.box * (9 / 8) ** g / 2), params.voltage, params.cs,
+            params.amplitude_contrast, name=f"opticsGroup{g + 1}",
+        )
+        for g in range(params.optics_groups)
+    ]  # fmt: skip
     settings = Settings(
         params.snr, params.shift_sd, (params.defocus_min, params.defocus_max), 200.0 if params.defocus_max > 0 else 0.0,
         params.astigmatism, params.per_micrograph, params.scale_sd, params.coloured_noise, params.preferred, seed,

@@ -62,8 +62,11 @@ def threads() -> int:
 
 def numba_threads(numba) -> int:
     """Make Numba follow `threads()`; returns the number it will use (never more than Numba was started with)."""
-    n = min(threads(), numba.config.NUMBA_NUM_THREADS)
+    wanted = threads()
+    n = min(wanted, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(n)
+    if threads() != wanted:  # the first call starts Numba's pool, which sets OpenMP's threads, torch's too, to all there are
+        torch.set_num_threads(wanted)
     return n
 
 

@@ -152,8 +152,8 @@ def _clean_images(particles: Particles, group: int, scale: Tensor, slices: Calla
         ft = slices(particles.rotation[index], optics)
         shift = particles.shift[index] / (optics.box * optics.pixel_size)
         phase = torch.exp(2j * math.pi * (k[:, :, 0] * shift[:, 0, None, None] + k[:, :, 1] * shift[:, 1, None, None]))
-        about = (particles.defocus, particles.phase_shift, particles.b_factor, particles.ctf_scale)
-        weight = ctf(flat, *(a[index] for a in about), optics).reshape(len(index), *k.shape[:2])
+        some = particles[index]
+        weight = ctf(flat, some.defocus, some.phase_shift, some.b_factor, some.ctf_scale, optics).reshape(len(index), *k.shape[:2])
         weight = weight * scale[particles.micrograph[index], None, None]
         phase = phase * weight if odd is None else phase * weight * torch.exp(1j * odd)
         out[start : start + len(index)] = image_from_ft(ft * phase.to(torch.complex64), optics.box)
