@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 JOBS = {
     "refine3d": "refine particles against a reference: gold-standard map",
     "simulate": "particles with known truth, of a phantom or a map",
+    "demo": "simulate particles, refine them, compare with the truth",
     "reconstruct": "reconstruct a map from poses in a particle STAR file",
     "project": "project a map along given or random directions",
     "fsc": "Fourier shell correlation and resolution of two maps",

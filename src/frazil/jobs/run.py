@@ -366,7 +366,7 @@ class Run:
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # torch's own error hides that of the system: no space, quota, …
-                raise error.__context__ if isinstance(error.__context__, OSError) else error
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def load_checkpoint(self, name: str = "checkpoint.pt") -> dict[str, Any] | None:
         """The state saved last, on the CPU; None where there is none."""

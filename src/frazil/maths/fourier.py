@@ -122,7 +122,7 @@ def half_volume_radii(m: int, device: torch.device | str = "cpu") -> Tensor:
 def transform_axis(data: Tensor, dim: int, transform: Callable[[Tensor], Tensor]) -> Tensor:
     """`transform` (which works along `dim` of what it is given) applied in chunks of another axis, to bound its workspace."""
     other = 1 if dim == 0 else 0
-    chunks = max(1, data.numel() // (1 << 25))
+    chunks = max(1, data.numel() // (1 << 23))
     if chunks == 1:
         return transform(data)
     pieces = data.chunk(chunks, dim=other)
