@@ -149,7 +149,8 @@ def symmetry(device: str, small: bool) -> None:
             curve = fsc(maps[used], truth)
             record(
                 f"symmetry {group} refined in {used}", device, converged=state.progress.converged, iterations=state.progress.iteration,
-                seconds=round(seconds, 2), resolution=round(box * a / state.progress.shell, 2), median_error=round(float(angle.median()), 3),
+                seconds=round(seconds, 2), resolution=round(box * a / state.progress.shell, 2),
+                median_error=round(float(angle.median()), 3),
                 step=state.sampling.step, fsc_truth_05=round(float(resolution_at(curve, 0.5, box, a)), 2),
                 agreement=rounded(fsc(maps[used], maps[group])),
             )  # fmt: skip

@@ -109,7 +109,7 @@ def expectation(
         for index in members.split(plan.images):
             with clock("windows"):
                 windows = make_windows(images[index], particles, index, frame, model, engine, g)
-            run_batch(step, frame, plan, particles, index, windows, g, sums, poses)
+            run_batch(step, frame, plan, make_batch(step, frame, particles, index, windows, g), sums, poses)
             done += len(index)
             tick(done)
     assert sums is not None, "no particles in any optics group"
@@ -129,23 +129,24 @@ def shape_of(step: Pass, frame: Frame) -> Shape:
     )  # fmt: skip
 
 
-def run_batch(
-    step: Pass, frame: Frame, plan: Plan, particles: Particles, index: Tensor, windows: Windows, group: int, sums: Sums, poses: Poses
-):
-    """Both passes and the sums for a batch of particles."""
+def make_batch(step: Pass, frame: Frame, particles: Particles, index: Tensor, windows: Windows, group: int) -> Batch:
+    """What both passes compare with the slices: images and gains weighted by the noise, log-prior of the shifts."""
     engine, model = step.engine, step.model
     inverse = 1.0 / model.sigma2[group].to(engine.device)[frame.pixels.shell[: frame.inside]]
-    likelihood = inverse.clone()
+    likelihood = torch.ones_like(inverse) if step.cc else inverse.clone()
     likelihood[0] = 0.0  # r = 0 says nothing (spec 1.1)
-    if step.cc:
-        likelihood = torch.ones_like(likelihood)
-        likelihood[0] = 0.0
     likelihood, inverse = likelihood.to(engine.dtype), inverse.to(engine.dtype)
-    y = windows.masked * (windows.gain * likelihood)
-    q = 0.5 * windows.gain.square() * likelihood
     shift_log = shift_prior(step, particles, index, windows, frame.optics.pixel_size).to(device=engine.device, dtype=engine.dtype)
     if step.cc:  # no priors in this mode (spec 2.8)
         shift_log = torch.zeros_like(shift_log)
+    y, q = windows.masked * (windows.gain * likelihood), 0.5 * windows.gain.square() * likelihood
+    return Batch(particles, index, group, windows, y, q, shift_log, inverse)
+
+
+def run_batch(step: Pass, frame: Frame, plan: Plan, batch: Batch, sums: Sums, poses: Poses) -> None:
+    """Both passes and the sums for a batch of particles."""
+    engine, particles, index = step.engine, batch.particles, batch.index
+    y, q, shift_log = batch.y, batch.q, batch.shift_log
     if step.grid.sampling.sigma is None:
         coarse, left_out = coarse_global(step, frame, y, q, shift_log)
         log_orientation = (
@@ -163,7 +164,6 @@ def run_batch(
         else:
             keep = significant(coarse.image, coarse.value, len(index), engine.fraction, engine.max_significant, left_out).keep
             coarse, log_orientation = coarse[keep], log_orientation[keep]
-    batch = Batch(particles, index, group, windows, y, q, shift_log, inverse)
     for lo, hi in sub_batches(coarse, len(index), plan.entries):
         mine = (coarse.image >= lo) & (coarse.image < hi)
         some = coarse[mine]

@@ -24,7 +24,7 @@ MIN_SHELL = 5  # shells below are never regularised, and no resolution is below 
 
 def prepare_sums_(data: Tensor, weight: Tensor, group: str, implementation: str | None = None) -> tuple[Tensor, Tensor]:
     """Hermitian plane x = 0 (in place), then the sum over the point group (spec 3.2, this order)."""
-    make_hermitian_(data), make_hermitian_(weight)
+    data, weight = make_hermitian_(data), make_hermitian_(weight)
     ops = operators(group)
     if len(ops) == 1:
         return data, weight
