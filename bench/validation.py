@@ -101,9 +101,10 @@ def noise(device: str, folder: Path, small: bool) -> None:
     for name, data in (("phases scrambled", phases), ("pixels scrambled", pixels), ("pure noise", random)):
         state, seconds = refine(Stored(data), particles, Volume(reference, 3.54), device, **common)
         curve = state.models[0].fsc if state.unfiltered is None else fsc(*(x.double() for x in state.unfiltered))
+        found = {"resolution": float(resolution_at(curve, 0.143, 64, 3.54)), "beyond_join": float(curve[8:].abs().mean())}
         record(
-            f"noise: {name}", device, particles=len(particles), iterations=state.progress.iteration, fsc=rounded(curve), seconds=round(seconds, 2),
-            resolution=round(float(resolution_at(curve, 0.143, 64, 3.54)), 2), beyond_join=round(float(curve[8:].abs().mean()), 3),
+            f"noise: {name}", device, particles=len(particles), iterations=state.progress.iteration, fsc=rounded(curve),
+            seconds=round(seconds, 2), **{key: round(value, 3) for key, value in found.items()},
         )  # fmt: skip
 
 

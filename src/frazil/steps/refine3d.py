@@ -59,7 +59,7 @@ class Refine3dParams(BaseModel):
     local_from_order: int = _field(
         4, "order from which each particle searches only near its last orientation (4: 3.7 degrees coarse)", ge=1, le=8
     )
-    offset_range: float = _field(8.0, "range of the first shift search", "px", gt=0)
+    offset_range: float = _field(10.0, "range of the first shift search", "px", gt=0)
     offset_step: float = _field(2.0, "coarse step of the first shift search", "px", gt=0)
     oversampling: int = _field(1, "times the coarse grid is halved in the fine pass", ge=1, le=3)
     firstiter_cc: bool = _field(True, "first iteration by cross-correlation: the reference need not be on the particles' grey scale")
@@ -83,7 +83,7 @@ class Refine3dParams(BaseModel):
     ctf_intact_first_peak: bool = _field(False, "leave the CTF 1 before its first peak")
     max_order: int | None = _field(None, "finest coarse HEALPix order to go to; none: as the accuracy asks")
     sample_to_accuracy: bool = _field(
-        False, "refine the sampling until its step is 0.75 of the expected accuracy, as RELION does, even where d/D is coarser"
+        False, "refine the sampling until its step is 0.75 of the expected accuracy, as RELION does, even below d/2D"
     )
     iterations: int = _field(999, "iterations after which an unconverged run stops, without joining the halves", ge=1)
 
