@@ -16,7 +16,8 @@ from rich.table import Table
 
 import frazil
 from frazil.jobs.record import source_commit
-from frazil.jobs.run import Run, cpu_threads
+from frazil.jobs.run import Run, cpu_threads, parse_memory
+from frazil.refine.planner import table
 
 POSITIONAL = ()
 HAS_RUN_DIRECTORY = False
@@ -35,6 +36,7 @@ class Params(BaseModel):
     """Say what this machine offers: devices, memory, versions, and what is missing."""
 
     model_config = ConfigDict(extra="forbid")
+    gpu_memory: str = Field("6GB", description="memory budget for the table of what a refinement needs at each box")
     folder: Path = Field(Path("."), description="folder whose free disk space is shown", json_schema_extra={"level": "expert"})
 
 
@@ -75,8 +77,19 @@ def problems(folder: Path) -> list[str]:
     return found
 
 
+def memory_table(budget: int) -> Table:
+    """What a refinement to Nyquist needs of a GPU by box, as the planner divides a budget."""
+    out = Table(title=f"refinement to Nyquist, one class, padding 2, in {budget / GB:g} GB of GPU memory", title_justify="left", box=None)
+    for column in ("box", "volumes", "left for batches", "particles a batch", "fits"):
+        out.add_column(column, justify="right")
+    for box, volumes, working, images in table(budget):
+        fits = "yes" if volumes + working <= 1.01 * budget / GB else "no"
+        out.add_row(f"{box} px", f"{volumes:.2f} GB", f"{working:.2f} GB", str(images), fits)
+    return out
+
+
 def run(params: Params, run: Run | None) -> None:
-    """Print devices, versions and what is missing."""
+    """Print devices, versions, what is missing, and what the planner makes of a memory budget."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     overview = Table.grid(padding=(0, 2))
     commit = source_commit()
@@ -92,3 +105,5 @@ def run(params: Params, run: Run | None) -> None:
     console.print(overview)
     missing = problems(params.folder)
     console.print("\n".join(["", *missing]) if missing else "\nnothing is missing")
+    console.print()
+    console.print(memory_table(parse_memory(params.gpu_memory) or 0))

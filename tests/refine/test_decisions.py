@@ -1,0 +1,102 @@
+"""Sampling, convergence and the M-step's formulas: known answers and invariants (spec/refinement 2.5, 3.3, 3.4, 3.9, 4.5, 6)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from frazil.maths.fourier import half_volume_radii
+from frazil.maths.rotation import random_rotations, rotation_angle
+from frazil.maths.symmetry import operators
+from frazil.refine.convergence import Progress, coarse_window, first_below, next_sampling, resolution_shell_of, window_size
+from frazil.refine.maximization import averages, fsc_of_averages, gold_standard_spectra, wiener
+from frazil.refine.sampling import Sampling, make_grid, neighbours
+
+
+@pytest.mark.parametrize("group", ["C1", "D2", "O"])
+def test_neighbours_surround_the_prior_whatever_mate_it_is(group: str, rng: torch.Generator) -> None:
+    sampling = Sampling(order=3, offset_range=4, offset_step=2, group=group, factor=0.0, sigma=7.5)
+    grid = make_grid(sampling)
+    prior = random_rotations(20, rng)
+    found = neighbours(grid, prior)
+    ops = operators(group)
+    angle = rotation_angle(grid.coarse_rotations(found.orientation), prior[found.image], ops)
+    assert float(angle.max()) < 3 * 7.5 * 2**0.5 + 1e-6  # direction and in-plane angle each within 3σ
+    nearest = torch.full((20,), 999.0, dtype=torch.float64).scatter_reduce(0, found.image, angle, "amin")
+    assert float(nearest.max()) < 7.5  # a grid point closer than a step
+    mass = torch.zeros(20, dtype=torch.float64).index_add_(0, found.image, found.log_prior.exp())
+    assert torch.allclose(mass, torch.ones(20, dtype=torch.float64))
+    mates = neighbours(grid, prior @ ops[-1])
+    assert torch.equal(mates.orientation, found.orientation) and torch.allclose(mates.log_prior, found.log_prior, atol=1e-6)
+
+
+def test_perturbation_is_one_rigid_rotation_and_children_surround_their_parent() -> None:
+    grid = make_grid(Sampling(order=2, offset_range=4, offset_step=2))
+    turned = make_grid(Sampling(order=2, offset_range=4, offset_step=2, instance=0.4))
+    o = torch.arange(0, grid.orientations, 97)
+    assert torch.allclose(turned.coarse_rotations(o), grid.coarse_rotations(o) @ turned.perturbation, atol=1e-12)
+    angles = [rotation_angle(grid.fine_rotations(o, torch.full_like(o, c)), grid.coarse_rotations(o)) for c in range(8)]
+    assert float(torch.stack(angles).max()) < 15.0
+    assert torch.allclose(turned.fine_shifts().reshape(-1, 4, 2).mean(1), turned.coarse_shifts(), atol=1e-12)
+
+
+def test_sizes_and_resolution_follow_the_rules() -> None:
+    p = Progress(iteration=4, shell=13, increment=13, high_fsc=True, ave_pmax=0.87)
+    assert window_size(p, 64) == 42  # RELION 5 at this state: 42 (parity_relion5/refine3d 4 → 5)
+    assert window_size(replace(p, high_fsc=False), 64) == 52 and window_size(p, 64, everything=True) == 64
+    assert coarse_window(Sampling(order=2, offset_range=1, offset_step=1), 64, 3.54, 200, 42) == 22
+    ssnr = torch.tensor([999.0, 50, 20, 9, 5, 3, 2, 1.2, 0.7, 0.5, 0.3])
+    assert resolution_shell_of(ssnr) == 7
+    assert resolution_shell_of(torch.where(torch.arange(11) == 4, 0.5, 2.0)) == 10  # a dip is jumped
+    assert resolution_shell_of(torch.zeros(11)) == 5
+    assert first_below(torch.tensor([1.0, 0.9, 0.4, 0.8]), 0.5) == 2
+
+
+def test_sampling_gets_finer_only_when_settled_and_stops_when_fine_enough() -> None:
+    sampling = Sampling(order=2, offset_range=20, offset_step=8)
+    settled = Progress(iteration=5, shell=13, no_gain=1, no_change=1, accuracy_rotation=4.0, accuracy_shift=2.0, change_shift=1.0)
+    assert next_sampling(replace(settled, no_gain=0), sampling, 4)[2] is False
+    progress, finer, changed = next_sampling(settled, sampling, 4)
+    assert changed and finer.order == 3 and finer.sigma is None and progress.no_gain == progress.no_change == 0
+    assert finer.offset_step == pytest.approx(3.0) and finer.offset_range == pytest.approx(5.0)
+    assert next_sampling(settled, replace(sampling, order=3), 4)[1].sigma == pytest.approx(2 * 1.875)
+    progress, same, changed = next_sampling(replace(settled, accuracy_rotation=11.0), sampling, 4)
+    assert progress.fine_enough and not changed and same == sampling
+    assert (
+        next_sampling(settled, sampling, 4, enough=8.0)[0].fine_enough
+        and next_sampling(settled, sampling, 4, maximum_order=2)[0].fine_enough
+    )
+
+
+def test_wiener_has_its_limits(rng: torch.Generator) -> None:
+    m, box, pad = 17, 16, 2.0
+    data = torch.randn(2 * m + 1, 2 * m + 1, m + 1, generator=rng, dtype=torch.complex128)
+    weight = 10 * torch.rand(data.shape, generator=rng, dtype=torch.float64) + 5
+    radius = half_volume_radii(m)
+    inside = radius <= m - 1
+    strong, coverage = wiener(data.clone(), weight, torch.full((9,), 1e12, dtype=torch.float64), pad, box)
+    assert torch.allclose(strong[inside], (data / weight)[inside], rtol=1e-6) and float(coverage.min()) == 1.0
+    weak, coverage = wiener(data.clone(), weight, torch.full((9,), 1e-18, dtype=torch.float64), pad, box)
+    free = radius / pad < 4  # (the floor of a thousandth of the shell's mean denominator reaches into shell 4 from shell 5)
+    assert torch.allclose(weak[free], (data / weight)[free], rtol=1e-6)  # shells below 5 are never regularised
+    assert float(weak[radius / pad >= 4.5].abs().max()) < 1e-12 and float(coverage.max()) == 0.0
+    assert float(strong[~inside].abs().max()) == 0.0
+
+
+def test_gold_standard_spectra_and_the_joined_map() -> None:
+    fsc = torch.tensor([1.0, 0.5, 1 / 7], dtype=torch.float64)
+    tau2, ssnr = gold_standard_spectra(fsc, torch.full((3,), 2.0, dtype=torch.float64), 1.0, joined=False)
+    assert torch.allclose(ssnr, torch.tensor([999.0, 1.0, 1 / 6], dtype=torch.float64)) and torch.allclose(tau2, 2 * ssnr)
+    joined = gold_standard_spectra(fsc, torch.ones(3, dtype=torch.float64), 1.0, joined=True)[1]
+    assert float(joined[2]) == pytest.approx(1.0)  # FSC 1/7 = 0.143 of the halves is SSNR 1 of the whole
+
+
+def test_fsc_of_averages_is_one_for_equal_and_none_for_independent_sums(rng: torch.Generator) -> None:
+    m = 33
+    draw = lambda: torch.randn(2 * m + 1, 2 * m + 1, m + 1, generator=rng, dtype=torch.complex128)  # noqa: E731
+    weight = torch.rand(2 * m + 1, 2 * m + 1, m + 1, generator=rng, dtype=torch.float64) + 0.1
+    a, b = averages(draw(), weight, 2.0), averages(draw(), weight, 2.0)
+    assert torch.allclose(fsc_of_averages(a, a, 32), torch.ones(17, dtype=torch.float64))
+    assert float(fsc_of_averages(a, b, 32)[5:].abs().max()) < 0.15
