@@ -204,7 +204,8 @@ def test_relion_reads_a_whole_run(tmp_path):
     frazil(tmp_path, "simulate", "--output", "data", "--particles", 160, "--box", 32, "--pixel-size", 5, "--symmetry", "D2", "--snr", 2,
            "--lowpass", 25, "--seed", 4)  # fmt: skip
     frazil(tmp_path, "refine3d", "data/particles.star", "--reference", "data/reference_lowpass.mrc", "--initial-lowpass", 25,
-           "--symmetry", "D2", "--diameter", 120, "--offset-range", 3, "--output", "run", "--seed", 1, "--write-iterations")  # fmt: skip
+           "--symmetry", "D2", "--diameter", 120, "--offset-range", 3, "--output", "run", "--seed", 1, "--write-iterations",
+           "--sample-to-accuracy")  # fmt: skip
     ours, mask = read_map(tmp_path / "run" / "run_class001.mrc").data, sphere(32)
     relion("relion_reconstruct", tmp_path, "--i", "run/run_data.star", "--o", "map.mrc", "--ctf", "--sym", "D2", "--skip_gridding")
     # The run's map sums over posteriors and is regularised; where it is well determined both are the same.
