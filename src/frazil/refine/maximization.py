@@ -48,11 +48,6 @@ def shell_means(value: Tensor, pad: float, shells: int, *, floor: bool = False, 
     return torch.where(count > 0, total / count.clamp(min=1), 0).cpu()
 
 
-def reference_tau2(volume: Tensor, pad: float, box: int) -> Tensor:
-    """(N/2+1,) float64 ½ mean |V|² a shell of a reference's half volume (spec 3.3a)."""
-    return 0.5 * shell_means(volume.abs().square(), pad, box // 2 + 1)
-
-
 def map_variance(weight: Tensor, pad: float, box: int) -> Tensor:
     """(N/2+1,) float64 σ²_ref(r) = 1 / mean(κ W), κ = P³; 0 where there is no weight (3.2)."""
     mean = shell_means(weight, pad, box // 2 + 1, strict=True) * pad**3

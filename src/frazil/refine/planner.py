@@ -50,7 +50,7 @@ def make_plan(shape: Shape, budget: int, shrink: int = 1) -> Plan:
     """Batch sizes for `budget` bytes; `shrink` divides what is worked in after the device ran out of memory.
 
     The volumes come first. On a CPU the sums are float64 where that leaves half of the budget; a GPU adds with float32 atomics, one
-    sum an iteration and half set (a voxel is hit some 10⁴ times at most at the rim of a set of 10⁵ particles: CONVENTIONS, precision).
+    sum an iteration and half set; how far that reaches for very large sets was not measured.
     """
     reference = shape.classes * half_volume_bytes(shape, 2 * shape.real)
     sums = {real: shape.classes * half_volume_bytes(shape, 3 * real) for real in (4, 8)}

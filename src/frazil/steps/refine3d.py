@@ -100,7 +100,6 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)
     joined: Model | None = None  # the final map and its spectra
     unfiltered: tuple[Tensor, Tensor] | None = None  # final half maps, unregularised, independent at all resolutions
-    failed: int = 0  # particles with no usable posterior
 
 
 @dataclass(frozen=True)
