@@ -30,7 +30,7 @@ from frazil.io.particles import ANGLES, read_particles
 from frazil.io.star import read_star, write_star
 from frazil.jobs.record import read_json
 from frazil.jobs.refine_files import read_refinement
-from frazil.jobs.report import refine3d_report
+from frazil.jobs.refine_report import refine3d_report
 from frazil.maths.fsc import corrected_fsc, fsc
 from frazil.maths.masks import soft_sphere
 from frazil.maths.sphere import direction_vectors

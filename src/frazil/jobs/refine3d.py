@@ -19,7 +19,7 @@ from frazil.io.particles import ANGLES, ParticleSet, open_images, read_particles
 from frazil.io.star import write_star
 from frazil.jobs.inputs import PIXEL_TOLERANCE, check_symmetry, read_cube, read_mask_for
 from frazil.jobs.refine_files import model_blocks, optimiser_blocks, sampling_blocks
-from frazil.jobs.report import refine3d_report
+from frazil.jobs.refine_report import refine3d_report
 from frazil.jobs.run import Run
 from frazil.maths.fourier import resolution_shell
 from frazil.refine.convergence import Progress

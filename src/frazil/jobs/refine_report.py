@@ -5,11 +5,9 @@ time, also of an unfinished run.
 """
 from __future__ import annotations
 
-import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from frazil.data import Volume
-from frazil.io.files import atomic_path, write_text
+from frazil.io.files import write_text
 from frazil.io.mrc import read_map
 from frazil.io.star import Star, read_star
+from frazil.jobs.html import document, picture, table, warnings, write_plots
+from frazil.jobs.html import key_figures as figure_row
 from frazil.jobs.plots import UNKNOWN, plot_directions, plot_fsc, plot_map, plot_progress, plot_spectra
 from frazil.jobs.record import read_events, read_json
 from frazil.jobs.run import spoken_time
@@ -60,13 +60,6 @@ COLUMNS = (
     ("pmax", "Pmax", ".3f"),
     ("seconds", "time / s", ".1f"),
 )
-STYLE = """body{font:15px/1.55 system-ui,sans-serif;color:#1f2933;max-width:62rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:0}h2{font-size:1.15rem;margin:2.2rem 0 .5rem;border-bottom:1px solid #e4e7eb}
-.figures{display:flex;flex-wrap:wrap;gap:.8rem 2.2rem;margin:1rem 0}.figures div{min-width:8rem}.figures b{font-size:1.5rem;display:block}
-.figures span,figcaption,footer{color:#52606d;font-size:.88rem}img{max-width:100%;height:auto}figure{margin:.5rem 0}
-.warn{background:#fff8e6;border-left:4px solid #e09f3e;padding:.5rem .8rem;margin:.4rem 0}
-table{border-collapse:collapse;font-size:.9rem}td,th{padding:.2rem .9rem .2rem 0;text-align:left;border-bottom:1px solid #e4e7eb}
-footer{margin-top:2.5rem}"""
 
 
 @dataclass
@@ -94,13 +87,7 @@ class Findings:
 def refine3d_report(run_dir: Path) -> Path:
     """Write report.html and its plots (plots/*.png) into a refine3d run directory; returns the path of report.html."""
     found = gather(run_dir)
-    figures = draw(found)
-    (run_dir / "plots").mkdir(exist_ok=True)
-    pictures = {}
-    for name, figure in figures.items():
-        pictures[name] = png(figure)
-        with atomic_path(run_dir / "plots" / f"{name}.png") as temporary:
-            temporary.write_bytes(pictures[name])
+    pictures = write_plots(run_dir / "plots", draw(found))
     write_text(run_dir / "report.html", page(found, pictures))
     return run_dir / "report.html"
 
@@ -194,13 +181,6 @@ def final_resolution(found: Findings) -> float | None:
     return float(resolution_at(curve, 0.143, found.box, found.pixel_size))
 
 
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG picture."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
-
-
 def key_figures(found: Findings) -> list[tuple[str, str]]:
     """(value, what it is) of the numbers a person looks for first."""
     last: Mapping[str, Any] = found.iterations[-1] if found.iterations else {}
@@ -223,13 +203,6 @@ def key_figures(found: Findings) -> list[tuple[str, str]]:
     return out
 
 
-def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
-    """An HTML table."""
-    lines = ["<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>" + "\n".join(lines) + "</table>"
-
-
 def iteration_rows(found: Findings) -> list[list[str]]:
     """A row an iteration for the table under the plots."""
     return [["–" if row.get(key) is None else format(row[key], style) for key, _, style in COLUMNS] for row in found.iterations]
@@ -238,14 +211,8 @@ def iteration_rows(found: Findings) -> list[list[str]]:
 def page(found: Findings, pictures: Mapping[str, bytes]) -> str:
     """The HTML text."""
     parts = [f"<h1>{html.escape(found.name)}</h1><span>refine3d, {html.escape(str(found.job.get('created', 'start unknown')))}</span>"]
-    numbers = (f"<div><b>{html.escape(value)}</b><span>{html.escape(what)}</span></div>" for value, what in key_figures(found))
-    parts.append(f'<div class="figures">{"".join(numbers)}</div>')
-    parts += [f'<div class="warn">{html.escape(line)}</div>' for line in found.warnings]
-    for name, title in TITLES.items():
-        if name in pictures:
-            source = base64.b64encode(pictures[name]).decode()
-            picture = f'<img alt="{title}" src="data:image/png;base64,{source}">'
-            parts.append(f"<h2>{title}</h2><figure>{picture}<figcaption>{CAPTIONS[name]}</figcaption></figure>")
+    parts += [figure_row(key_figures(found)), *warnings(found.warnings)]
+    parts += [picture(title, pictures[name], CAPTIONS[name]) for name, title in TITLES.items() if name in pictures]
     if found.iterations:
         parts.append("<h2>Iterations</h2>" + table(iteration_rows(found), [head for _, head, _ in COLUMNS]))
     if found.parameters:
@@ -254,6 +221,4 @@ def page(found: Findings, pictures: Mapping[str, bytes]) -> str:
         parts.append("<h2>Parameters</h2>" + table(shown, ("parameter", "value")))
     made = f"frazil {found.job.get('version', '')} {str(found.job.get('commit') or '')[:12]} on {found.job.get('host', 'an unknown host')}"
     parts.append(f"<footer>{html.escape(made)}</footer>")
-    body = "\n".join(parts)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(found.name)}: refine3d</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n")  # fmt: skip
+    return document(f"{found.name}: refine3d", parts)

@@ -13,7 +13,7 @@ import torch
 from frazil.io.mrc import write_mrc
 from frazil.io.star import read_star
 from frazil.jobs.plots import column, plot_directions, plot_fsc, resolution_axis
-from frazil.jobs.report import gather, key_figures, refine3d_report
+from frazil.jobs.refine_report import gather, key_figures, refine3d_report
 
 ROWS = [
     {"event": "iteration", "iteration": i, "resolution": 40 / i, "current_size": 16 + 4 * i, "healpix_order": 2, "accuracy_rotation": 999.0,
