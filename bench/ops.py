@@ -115,6 +115,34 @@ def bench_insert(device: str, generator: torch.Generator) -> Iterator[Row]:
                 yield row("insert", shape, fast, n * len(k), plain / fast, error(pair[0], pair[1]))
 
 
+def bench_planes(device: str, generator: torch.Generator) -> Iterator[Row]:
+    """A stack of 50 half planes (2D classes): slices of all in one call, and their insertion."""
+    for box, n in cases(device):
+        m, k = box + 1, window(box).to(device)
+        stack = torch.randn(50, 2 * m + 1, m + 1, dtype=torch.complex64, generator=generator).to(device)
+        psi = torch.rand(n, generator=generator, dtype=torch.float64) * 360
+        r = euler_to_matrix(torch.stack([0 * psi, 0 * psi, psi], -1)).to(device)
+        which = (torch.arange(n) * 50 // n).to(device)
+        slices = project(stack, r, k, PAD, which=which)
+        fast = seconds(lambda v=stack, r=r, k=k, w=which, o=slices: project(v, r, k, PAD, which=w, out=o), device)
+        few = max(1, n // 200)
+        part = (stack, r[:few], k, PAD)
+        plain = seconds(lambda p=part, w=which[:few]: project(*p, which=w, implementation="reference"), device, 1) * n / few
+        exact = project(stack.to(torch.complex128), r[:4], k, PAD, which=which[:4], implementation="reference")
+        yield row("project", f"50 planes of box {box}, {n} slices", fast, n * len(k), plain / fast, error(slices[:4], exact))
+        data, weights = torch.zeros_like(stack), torch.rand(n, len(k), generator=generator).to(device)
+        weight = torch.zeros_like(data.real)
+        work = (data, weight, slices, weights, r, k, PAD)
+        fast = seconds(lambda a=work, w=which: insert_(*a, which=w), device)
+        part = (data, weight, slices[:few], weights[:few], r[:few], k, PAD)
+        plain = seconds(lambda a=part, w=which[:few]: insert_(*a, which=w, implementation="reference"), device, 1) * n / few
+        pair = [torch.zeros_like(data), torch.zeros_like(data, dtype=torch.complex128)]
+        for target, how in zip(pair, (None, "reference"), strict=True):
+            four = (slices[:4].to(target.dtype), weights[:4].to(target.real.dtype), r[:4], k, PAD)
+            insert_(target, torch.zeros_like(target.real), *four, which=which[:4], implementation=how)
+        yield row("insert", f"50 planes of box {box}, {n} slices", fast, n * len(k), plain / fast, error(*pair))
+
+
 def bench_symmetrise(device: str, generator: torch.Generator) -> Iterator[Row]:
     """60 operators, as an icosahedral group has; random ones cost the same."""
     group = random_rotations(60, generator)
@@ -139,6 +167,7 @@ def row(op: str, shape: str, took: float, samples: int, speedup: float, wrong: f
 BENCHES: dict[str, Callable[[str, torch.Generator], Iterator[Row]]] = {
     "project": bench_project,
     "insert": bench_insert,
+    "planes": bench_planes,
     "symmetrise": bench_symmetrise,
 }
 

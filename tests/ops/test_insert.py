@@ -164,3 +164,54 @@ def test_bad_arguments_are_refused(rotations, window, slices):
     with pytest.raises(ValueError, match="reaches"):
         insert_(data, weight, s, w, r, k, 3.0)
     assert data.abs().max() == 0 and weight.abs().max() == 0
+
+
+# ---- half planes (2D references) and stacks
+
+
+def stacks(k, m, flat, dtype, device="cpu"):
+    """Empty stacks of data and weight."""
+    data = torch.zeros(k, *(2 * m + 1,) * (1 if flat else 2), m + 1, dtype=dtype, device=device)
+    return data, torch.zeros_like(data.real)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.complex128, 1e-12), (torch.complex64, 1e-5)])
+def test_insert_into_a_stack_is_the_adjoint_of_its_slices(implementation, flat, dtype, tolerance, device, rng, rotations, window, slices):
+    place = device if implementation == "triton" else "cpu"
+    m, k, r, which = 7, window(6).to(place), rotations(4).to(place), torch.tensor([1, 0, 1, 2], device=place)
+    data, weight = stacks(3, m, flat, dtype, place)
+    v = torch.randn(data.shape, dtype=torch.complex128, generator=rng).to(place, dtype)
+    s, w = (t.to(place) for t in slices(4, len(k), dtype))
+    insert_(data, weight, s, w, r, k, 2.0, which=which, implementation=implementation)
+    sliced = project(v, r, k, 2.0, which=which, implementation=implementation)
+    forward, backward = ((a.conj() * b).to(torch.complex128).sum().real for a, b in ((sliced, s), (v, data)))
+    assert abs(forward - backward) < tolerance * sliced.norm() * s.norm()
+    for member in range(3):  # nothing is lost or goes to another member
+        assert float(weight[member].sum()) == pytest.approx(float(w[which == member].sum()), rel=1e3 * tolerance)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_planes_are_the_same_bits_at_any_number_of_threads(workers, rng, rotations, window, slices, monkeypatch):
+    k, r, which = window(8), rotations(30), torch.randint(3, (30,), generator=rng)
+    s, w = slices(30, len(k), torch.complex64)
+    results = []
+    for threads in (1, workers):
+        monkeypatch.setattr(insert_cpu, "numba_threads", lambda _, threads=threads: threads)
+        data, weight = stacks(4, 9, True, torch.complex128)
+        insert_(data, weight, s, w, r, k, 2.0, which=which, implementation="cpu")
+        results.append((data, weight))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][1][3].abs().max() == 0
+
+
+@pytest.mark.parametrize("precise", [torch.complex64, torch.complex128])
+def test_cpu_planes_are_as_exact_as_torch(precise, rng, rotations, window, slices, relative_error):
+    k, r = window(22), rotations(7)
+    s, w = slices(7, len(k), torch.complex64)
+    exact, exact_weight = stacks(1, 23, True, torch.complex128)
+    insert_(exact[0], exact_weight[0], s, w, r, k, 2.0, implementation="reference")
+    data, weight = stacks(1, 23, True, precise)
+    insert_(data[0], weight[0], s, w, r, k, 2.0, implementation="cpu")
+    assert relative_error(data, exact) < 1e-6 and relative_error(weight, exact_weight) < 1e-6

@@ -10,7 +10,7 @@ import torch
 from frazil.maths.fourier import padded_ft
 from frazil.maths.rotation import euler_to_matrix
 from frazil.ops import dispatch
-from frazil.ops.project import project
+from frazil.ops.project import Geometry, project
 
 BOX, WIDTH = 24, 2.0  # a Gaussian blob of 2 px standard deviation in a box of 24
 
@@ -102,7 +102,7 @@ def test_triton_gives_zero_out_of_reach(device, half_volume, rotations):
     from frazil.ops.project.triton import project as run
 
     out = torch.empty(1, 3, dtype=v.dtype, device=device)
-    run(v, 5, r, k, 2.0, out)
+    run(v, Geometry(5, False), r, k, 2.0, out, None)
     assert out[0, 0] != 0 and (out[0, 1:] == 0).all()
 
 
@@ -172,3 +172,94 @@ def test_workqueue_is_refused_with_threads(half_volume, monkeypatch):
     dispatch.set_threads(2)
     with pytest.raises(RuntimeError, match="workqueue"):
         dispatch.pick(half_volume(3), "cpu")
+
+
+# ---- half planes (2D references) and stacks
+
+
+def half_plane(m, rng, dtype=torch.complex128):
+    """Random centred half plane with a Hermitian column x = 0."""
+    plane = torch.randn(2 * m + 1, m + 1, dtype=torch.complex128, generator=rng)
+    plane[:, 0] += plane[:, 0].flip(0).conj()
+    return plane.to(dtype)
+
+
+def in_plane(degrees):
+    """(n, 3, 3) rotations by psi alone."""
+    psi = torch.as_tensor(degrees, dtype=torch.float64)
+    return euler_to_matrix(torch.stack([0 * psi, 0 * psi, psi], -1))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_turned_gaussian_is_analytic_to_second_order(implementation, window, relative_error):
+    """The rows of an image of an off-centre Gaussian, turned by psi: its transform has the phase ramp of the turned centre."""
+    r, k, centre = in_plane([0.0, 17.0, 73.0, 154.0, -100.0]), window(16), torch.tensor([1.5, -2.0], dtype=torch.float64)
+    line = torch.arange(BOX, dtype=torch.float64) - BOX // 2
+    picture = torch.exp(-((line[None] - centre[0]) ** 2 + (line[:, None] - centre[1]) ** 2) / (2 * WIDTH**2))
+    fall = torch.exp(-2 * (math.pi * WIDTH / BOX) ** 2 * k.square().sum(-1)) * 2 * math.pi * WIDTH**2 / BOX**2
+    exact = fall * torch.exp(-2j * math.pi / BOX * ((r[:, :2, :2] @ centre) @ k.T))
+    errors = []
+    for pad in (1, 2, 3):
+        m = pad * 8 + 1
+        p = torch.cartesian_prod(torch.arange(-m, m + 1, dtype=torch.float64), torch.arange(m + 1, dtype=torch.float64)).flip(-1)
+        waves = torch.exp(-2j * math.pi * p[:, :1] * line / (pad * BOX)), torch.exp(-2j * math.pi * p[:, 1:] * line / (pad * BOX))
+        plane = torch.einsum("px,py,yx->p", *waves, picture + 0j).reshape(2 * m + 1, m + 1) / BOX**2
+        errors.append(relative_error(project(plane, r, k, pad, implementation=implementation), exact))
+    assert errors[1] < 0.03
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.3)
+    assert errors[0] / errors[2] == pytest.approx(9, rel=0.3)
+
+
+def test_plane_is_the_middle_of_a_volume(rng, half_volume, window):
+    """A volume's slices about z only read its plane z = 0, and bilinear is trilinear there; the tilt of a rotation is not looked at."""
+    v, k, r = half_volume(9), window(8), in_plane([3.0, 90.0, 200.0])
+    flat = project(v[9], r, k, 2.0)
+    assert torch.allclose(flat, project(v, r, k, 2.0), atol=1e-12)
+    assert torch.allclose(flat, project(v[9], r, k, 2.0, implementation="reference"), atol=1e-12)
+    tilted = r.clone()
+    tilted[:, :2, 2] = 0.5
+    assert torch.equal(project(v[9], tilted, k, 2.0), flat)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu", "triton"])
+def test_slices_of_a_stack_are_those_of_its_members(implementation, device, rng, half_volume, rotations, window):
+    place = device if implementation == "triton" else "cpu"
+    k, r, which = window(6).to(place), rotations(5).to(place), torch.tensor([2, 0, 2, 1, 0], device=place)
+    for stack in (torch.stack([half_plane(7, rng) for _ in range(3)]), torch.stack([half_volume(7) for _ in range(3)])):
+        stack = stack.to(place)
+        turn = r if stack.ndim == 4 else in_plane([10.0, 20, 30, 40, 50]).to(place)
+        together = project(stack, turn, k, 2.0, which=which, implementation=implementation)
+        for i, s in enumerate(which.tolist()):
+            alone = project(stack[s], turn[i : i + 1], k, 2.0, implementation=implementation)[0]
+            assert torch.equal(together[i], alone)
+
+
+@pytest.mark.parametrize("size", [6, 22, 32])
+def test_cpu_planes_are_as_exact_as_torch(size, rng, window, relative_error):
+    plane, r, k = half_plane(size + 1, rng), in_plane([1.0, 50.0, 170.0, 260.0]), window(size)
+    exact = project(plane, r, k, 2.0, implementation="reference")
+    assert relative_error(project(plane, r, k, 2.0, implementation="cpu"), exact) < 1e-14
+    single = plane.to(torch.complex64)
+    exact = project(single.to(torch.complex128), r, k, 2.0, implementation="reference")
+    plain = project(single, r, k, 2.0, implementation="reference")
+    assert relative_error(project(single, r, k, 2.0, implementation="cpu"), exact) <= 2 * relative_error(plain, exact)
+
+
+def test_triton_planes_are_as_exact_as_torch(kernel_size, device, rng, window, relative_error):
+    plane, r, k = half_plane(kernel_size + 1, rng, torch.complex64), in_plane([1.0, 50.0, 170.0, 260.0]), window(kernel_size)
+    exact = project(plane.to(torch.complex128), r, k, 2.0, implementation="reference")
+    plain = project(plane, r, k, 2.0, implementation="reference")
+    fast = project(plane.to(device), r.to(device), k.to(device), 2.0, implementation="triton").cpu()
+    assert relative_error(fast, exact) <= 2 * relative_error(plain, exact)
+
+
+def test_bad_stacks_are_refused(rng, window):
+    stack, k, r = torch.stack([half_plane(9, rng)] * 2), window(8), in_plane([0.0, 1.0])
+    with pytest.raises(ValueError, match="half plane"):
+        project(stack[0, 1:], r, k, 2.0)
+    with pytest.raises(ValueError, match="half plane"):
+        project(stack[0], r, k, 2.0, which=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="which must be"):
+        project(stack, r, k, 2.0, which=torch.tensor([0]))
+    with pytest.raises(ValueError, match="names volumes 0 to 2 of 2"):
+        project(stack, r, k, 2.0, which=torch.tensor([0, 2]))

@@ -14,17 +14,18 @@ from frazil.ops.project import check_geometry
 
 def insert_(
     data: Tensor, weight: Tensor, slices: Tensor, slice_weights: Tensor, rotations: Tensor, coords: Tensor, pad: float,
-    *, implementation: str | None = None,
+    *, which: Tensor | None = None, implementation: str | None = None,
 ) -> None:  # fmt: skip
     """Add (n, p) slices to `data` and (n, p) slice_weights to `weight`, in place.
 
-    data (2M+1, 2M+1, M+1) complex64 or complex128 and weight, of its real type: contiguous centred half volumes; slices of the
+    data (2M+1, 2M+1, M+1) complex64 or complex128 and weight, of its real type: contiguous centred half volumes, or half planes
+    (2M+1, M+1), bilinear; with `which` (n,) int64 stacks of either, slice i going to data[which[i]]; slices of the
     same type or a less precise one, slice_weights of their real type; rotations (n, 3, 3); coords (p, 2), cycles per model
     box, |pad·k| ≤ M − 1. The x = 0 plane is not made Hermitian (maths.fourier.make_hermitian does, once all is inserted).
     On a GPU the sums are float32 atomics: their order, hence the last bits, vary, and a caller adds them to float64 volumes now
     and then. On the CPU they are the same bits at the same number of threads. Raises ValueError on wrong shapes or types.
     """
-    m = check_geometry(data, rotations, coords, pad, "insert_")
+    geometry = check_geometry(data, rotations, coords, pad, "insert_", which)
     shape = (len(rotations), len(coords))
     if not data.is_complex() or weight.dtype != data.real.dtype or weight.shape != data.shape or weight.device != data.device:
         raise ValueError(f"insert_: weight must be {tuple(data.shape)} of the real type of data, got {tuple(weight.shape)} {weight.dtype}")
@@ -46,4 +47,4 @@ def insert_(
             from .cpu import insert_ as run
         case _:
             from .reference import insert_ as run
-    run(data, weight, m, slices.resolve_conj().contiguous(), slice_weights.contiguous(), rotations, coords, pad)
+    run(data, weight, geometry, slices.resolve_conj().contiguous(), slice_weights.contiguous(), rotations, coords, pad, which)

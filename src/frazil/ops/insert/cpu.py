@@ -3,6 +3,8 @@
 # (Numba's intrinsics and llvmlite carry no usable types.)
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numba
 import numpy as np
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from frazil.ops.dispatch import numba_threads
 from frazil.ops.project.cpu import BLOCK, FAST, LANE, locate, slice_matrices, splat, vector_at
+
+if TYPE_CHECKING:
+    from frazil.ops.project import Geometry
 
 PRIVATE_BYTES = 1 << 30  # memory that private copies may take
 STRIPS = 4  # workers that share a private copy
@@ -92,7 +97,7 @@ def _insert(data, weight, m, edges, matrices, kx, ky, slices, slice_weights):
             d, w = slices[i], slice_weights[i]
             for first in range(0, p, BLOCK):
                 count = min(BLOCK, p - first)
-                locate(matrices[i], kx, ky, first, count, m, voxel, fx, fy, fz, sign)
+                locate(matrices[i], kx, ky, first, count, m, False, voxel, fx, fy, fz, sign)
                 mine = 0
                 for t in range(count):  # those with at least one plane here, without a branch
                     take[mine] = t
@@ -105,6 +110,34 @@ def _insert(data, weight, m, edges, matrices, kx, ky, slices, slice_weights):
                         scatter_rows(target, target_weight, v, row, fx[t], fy[t], one - fz[t], d[2 * j], im, w[j])
                     if v + plane < high:
                         scatter_rows(target, target_weight, v + plane, row, fx[t], fy[t], fz[t], d[2 * j], im, w[j])
+
+
+@njit(parallel=True, fastmath=True, nogil=True, cache=True)
+def _insert_flat(data, weight, m, edges, order, ends, matrices, kx, ky, slices, slice_weights):
+    """data (K, …), half planes: plane k takes the slices order[ends[k]:ends[k+1]]; its strip s writes rows edges[s] … edges[s+1] − 1."""
+    p, strips = len(kx), len(edges) - 1
+    row, one, nothing = m + 1, kx.dtype.type(1), kx.dtype.type(0)
+    for worker in prange(len(data) * strips):
+        k, s = worker // strips, worker % strips
+        target, target_weight = data[k], weight[k]
+        low, high = edges[s] * row, edges[s + 1] * row
+        voxel = np.empty(BLOCK, np.int32)
+        fx, fy = np.empty(BLOCK, kx.dtype), np.empty(BLOCK, kx.dtype)
+        fz, sign = np.empty(BLOCK, kx.dtype), np.empty(BLOCK, kx.dtype)
+        for i in order[ends[k] : ends[k + 1]]:
+            d, w = slices[i], slice_weights[i]
+            for first in range(0, p, BLOCK):
+                count = min(BLOCK, p - first)
+                locate(matrices[i], kx, ky, first, count, m, True, voxel, fx, fy, fz, sign)
+                for t in range(count):
+                    j, v = first + t, np.int64(voxel[t])
+                    im = d[2 * j + 1] * sign[t]
+                    if low <= v < high - row:
+                        scatter_rows(target, target_weight, v, row, fx[t], fy[t], one, d[2 * j], im, w[j])
+                    elif low <= v < high:  # the next row is another strip's
+                        scatter_rows(target, target_weight, v, 0, fx[t], nothing, one - fy[t], d[2 * j], im, w[j])
+                    elif low - row <= v < low:
+                        scatter_rows(target, target_weight, v + row, 0, fx[t], nothing, fy[t], d[2 * j], im, w[j])
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=True)
@@ -141,13 +174,48 @@ def plan(voxels: int, pixels: int, workers: int, itemsize: int, same_type: bool)
 
 
 def insert_(
+    data: Tensor, weight: Tensor, geometry: Geometry, slices: Tensor, slice_weights: Tensor, rotations: Tensor, coords: Tensor, pad: float,
+    which: Tensor | None,
+) -> None:  # fmt: skip
+    """See frazil.ops.insert_."""
+    if geometry.flat:
+        insert_flat_(data, weight, geometry.m, slices, slice_weights, rotations, coords, pad, which)
+    elif which is None:
+        insert_volume_(data, weight, geometry.m, slices, slice_weights, rotations, coords, pad)
+    else:
+        for k in which.unique().tolist():
+            mine = torch.nonzero(which == k)[:, 0]
+            insert_volume_(data[k], weight[k], geometry.m, slices[mine], slice_weights[mine], rotations[mine], coords, pad)
+
+
+def insert_flat_(
+    data: Tensor, weight: Tensor, m: int, slices: Tensor, slice_weights: Tensor, rotations: Tensor, coords: Tensor, pad: float,
+    which: Tensor | None,
+) -> None:  # fmt: skip
+    """Half planes. They stay in the cache, so there are no copies: threads share planes and, where these are few, strips of rows."""
+    real, elements = slice_weights.dtype, (2 * m + 1) * (m + 1)
+    of = torch.zeros(len(slices), dtype=torch.int64) if which is None else which
+    planes = weight.numel() // elements
+    used, count = of.unique(return_counts=True)
+    strips = min(m, -(-numba_threads(numba) // len(used)))
+    ends = np.zeros(planes + 1, np.int64)
+    ends[1:] = torch.zeros(planes, dtype=torch.int64).index_copy(0, used, count).cumsum(0).numpy()
+    kx, ky = (coords[:, c].to(real).contiguous().numpy() for c in (0, 1))
+    _insert_flat(
+        torch.view_as_real(data).view(planes, -1).numpy(), weight.view(planes, -1).numpy(), m, strip_edges(m, strips),
+        torch.argsort(of, stable=True).numpy(), ends, slice_matrices(rotations, pad, real, True), kx, ky,
+        torch.view_as_real(slices).flatten(1).numpy(), slice_weights.numpy(),
+    )  # fmt: skip
+
+
+def insert_volume_(
     data: Tensor, weight: Tensor, m: int, slices: Tensor, slice_weights: Tensor, rotations: Tensor, coords: Tensor, pad: float
 ) -> None:
-    """See frazil.ops.insert_."""
+    """Half volumes: private copies, strips of z planes."""
     real = slice_weights.dtype
     workers = numba_threads(numba)
     kx, ky = (coords[:, c].to(real).contiguous().numpy() for c in (0, 1))
-    matrices = slice_matrices(rotations, pad, real)
+    matrices = slice_matrices(rotations, pad, real, False)
     values, values_weight = torch.view_as_real(slices).flatten(1).numpy(), slice_weights.numpy()
     flat, flat_weight = torch.view_as_real(data).view(-1).numpy(), weight.view(-1).numpy()
     copies = plan(weight.numel(), slices.numel(), workers, real.itemsize, real == weight.dtype)

@@ -1,12 +1,17 @@
 """Insertion on a GPU: one program a slice and block of pixels, atomic sums in the type of the volume."""
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from frazil.ops.project.triton import locate
+
+if TYPE_CHECKING:
+    from frazil.ops.project import Geometry
 
 BLOCK = 256
 
@@ -24,13 +29,18 @@ def _add_row(data_ptr, weight_ptr, voxel, value, w, fx, share, keep):
 
 @triton.jit
 def _insert(
-    data_ptr, weight_ptr, slice_ptr, slice_weight_ptr, rotation_ptr, k_ptr, p, blocks, pad_ptr, m, wide: tl.constexpr, block: tl.constexpr
-):
+    data_ptr, weight_ptr, which_ptr, elements, slice_ptr, slice_weight_ptr, rotation_ptr, k_ptr, p, blocks, pad_ptr, m,
+    wide: tl.constexpr, flat: tl.constexpr, stack: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     i = (program // blocks).to(tl.int64)
     pixel = (program % blocks) * block + tl.arange(0, block)
     inside = pixel < p
-    voxel, fx, fy, fz, sign, reached = locate(rotation_ptr, k_ptr, i, pixel, inside, tl.load(pad_ptr), m, wide)
+    if stack:
+        volume = tl.load(which_ptr + i) * elements
+        data_ptr += 2 * volume
+        weight_ptr += volume
+    voxel, fx, fy, fz, sign, reached = locate(rotation_ptr, k_ptr, i, pixel, inside, tl.load(pad_ptr), m, wide, flat)
     part = tl.arange(0, 2)[None, :]
     source = i * p + pixel
     value = tl.load(slice_ptr + 2 * source[:, None] + part, mask=reached[:, None], other=0.0)
@@ -39,21 +49,23 @@ def _insert(
     row, plane = m + 1, (2 * m + 1) * (m + 1)
     _add_row(data_ptr, weight_ptr, voxel, value, w, fx, (1 - fy) * (1 - fz), reached)
     _add_row(data_ptr, weight_ptr, voxel + row, value, w, fx, fy * (1 - fz), reached)
-    _add_row(data_ptr, weight_ptr, voxel + plane, value, w, fx, (1 - fy) * fz, reached)
-    _add_row(data_ptr, weight_ptr, voxel + plane + row, value, w, fx, fy * fz, reached)
+    if not flat:
+        _add_row(data_ptr, weight_ptr, voxel + plane, value, w, fx, (1 - fy) * fz, reached)
+        _add_row(data_ptr, weight_ptr, voxel + plane + row, value, w, fx, fy * fz, reached)
 
 
 def insert_(
-    data: Tensor, weight: Tensor, m: int, slices: Tensor, slice_weights: Tensor, rotations: Tensor, coords: Tensor, pad: float
-) -> None:
+    data: Tensor, weight: Tensor, geometry: Geometry, slices: Tensor, slice_weights: Tensor, rotations: Tensor, coords: Tensor, pad: float,
+    which: Tensor | None,
+) -> None:  # fmt: skip
     """See frazil.ops.insert_."""
     real = weight.dtype
     n, p = slices.shape
     blocks = triton.cdiv(p, BLOCK)
     values = [torch.view_as_real(slices).to(real), slice_weights.to(real)]
-    geometry = [t.to(real).contiguous() for t in (rotations, coords)]
+    where = [t.to(real).contiguous() for t in (rotations, coords)]
     scale = torch.full((1,), pad, dtype=real, device=data.device)
     _insert[(n * blocks,)](
-        torch.view_as_real(data), weight, *values, *geometry, p, blocks, scale, m,
-        wide=2 * data.numel() >= 2**31, block=BLOCK, num_warps=4,
+        torch.view_as_real(data), weight, where[0] if which is None else which, geometry.elements, *values, *where, p, blocks, scale,
+        geometry.m, wide=2 * geometry.elements >= 2**31, flat=geometry.flat, stack=which is not None, block=BLOCK, num_warps=4,
     )  # fmt: skip
