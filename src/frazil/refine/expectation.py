@@ -6,8 +6,9 @@ made in slice space, and each orientation is inserted once.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,60 +19,66 @@ from frazil.ops.accumulate import accumulate
 from frazil.ops.compare import significant
 from frazil.ops.insert import insert_
 from frazil.refine.model import Model, Poses, Statistics
-from frazil.refine.planner import Plan, Shape, make_plan
-from frazil.refine.posterior import posterior, weighted_rows
+from frazil.refine.planner import Shape, make_plan
+from frazil.refine.posterior import Posterior, posterior, weighted_rows
 from frazil.refine.sampling import Grid
 from frazil.refine.search import (
     Fine,
     Found,
+    Group,
     Pass,
+    centre_of,
     coarse_global,
     coarse_local,
     fine_pass,
+    make_group,
+    make_pass,
     make_slices,
-    reference_volumes,
-    shift_phases,
-    shift_prior,
+    old_offset,
 )
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine, Frame, Windows, make_frame, make_windows
 
+log = logging.getLogger("frazil.refine")
+
 
 @dataclass
 class Sums:
-    """Running sums of one E-step; `finish` makes Statistics of them. The one mutable record of the engine, local to `expectation`."""
+    """Running sums of one E-step, on its device; `finish` makes Statistics of them. The one mutable record of the engine."""
 
     data: Tensor
     weight: Tensor
     sigma2: list[Tensor]
     sigma2_weight: Tensor
     direction: Tensor
+    offset_sum: Tensor
+    offset2: Tensor
     scale_cross: Tensor
     scale_power: Tensor
-    offset2: float = 0.0
-    norm: float = 0.0
-    log_likelihood: float = 0.0
-    pmax: float = 0.0
-    particles: int = 0
 
-    def finish(self) -> Statistics:
+    def finish(self, poses: Poses) -> Statistics:
+        """The sums of all batches; those over particles from their poses."""
         return Statistics(
-            self.data, self.weight, tuple(self.sigma2), self.sigma2_weight, self.direction, self.offset2,
-            self.scale_cross, self.scale_power, self.norm, self.log_likelihood, self.pmax, self.particles,
+            self.data, self.weight, tuple(s.cpu() for s in self.sigma2), self.sigma2_weight.cpu(), self.direction.cpu(),
+            float(self.offset2), self.offset_sum.cpu(), self.scale_cross.cpu(), self.scale_power.cpu(), float(poses.norm.sum()),
+            float(poses.log_likelihood.sum()), float(poses.pmax.sum()), len(poses.norm),
         )  # fmt: skip
 
 
 def new_sums(step: Pass, optics: tuple, micrographs: int, dtype: torch.dtype) -> Sums:
     """Zero sums; the volumes in `dtype` (real) and its complex counterpart."""
-    shape, f = (len(step.volumes), *step.volumes[0].shape), torch.float64
+    f, at, k = torch.float64, step.engine.device, len(step.volumes)
+    shape = (k, *step.volumes[0].shape)
     return Sums(
-        data=torch.zeros(shape, dtype=torch.complex128 if dtype == f else torch.complex64, device=step.engine.device),
-        weight=torch.zeros(shape, dtype=dtype, device=step.engine.device),
-        sigma2=[torch.zeros(o.box // 2 + 1, dtype=f) for o in optics],
-        sigma2_weight=torch.zeros(len(optics), dtype=f),
-        direction=torch.zeros(len(step.volumes), step.grid.directions, dtype=f),
-        scale_cross=torch.zeros(micrographs, dtype=f),
-        scale_power=torch.zeros(micrographs, dtype=f),
+        data=torch.zeros(shape, dtype=torch.complex128 if dtype == f else torch.complex64, device=at),
+        weight=torch.zeros(shape, dtype=dtype, device=at),
+        sigma2=[torch.zeros(o.box // 2 + 1, dtype=f, device=at) for o in optics],
+        sigma2_weight=torch.zeros(len(optics), dtype=f, device=at),
+        direction=torch.zeros(k, step.grid.directions, dtype=f, device=at),
+        offset_sum=torch.zeros(k, 2, dtype=f, device=at),
+        offset2=torch.zeros((), dtype=f, device=at),
+        scale_cross=torch.zeros(micrographs, dtype=f, device=at),
+        scale_power=torch.zeros(micrographs, dtype=f, device=at),
     )
 
 
@@ -84,39 +91,50 @@ def expectation(
     sizes: tuple[int, int],
     *,
     cc: bool = False,
+    assigned: Tensor | None = None,
     tick: Callable[[int], None] = lambda done: None,
+    clock: Clock | None = None,
 ) -> tuple[Statistics, Poses, dict[str, float]]:
-    """One E-step over all of `particles` (one half set).
+    """One E-step over all of `particles` (one half set, or all).
 
     images[i] are the pixels of particle i; sizes = (n_c, n_0), window sides of the fine and the coarse pass; cc: the cross-correlation
-    mode of a first iteration (spec 2.8). `tick` is called with the number of particles done after every batch and may raise to stop.
+    mode of a first iteration (spec 2.8); assigned (n,) int64: the only class each particle may belong to (spec 2.3). `tick` is called
+    with the number of particles done after every batch and may raise to stop.
     Returns the sums, the poses in the order of `particles`, and seconds by phase.
     """
-    clock = Clock(engine.device)
-    with clock("reference"):
-        volumes = reference_volumes(model, sizes[0], engine)
-    step = Pass(model, volumes, grid, engine, *sizes, cc, clock)
+    clock = clock or Clock(engine.device)
+    step = make_pass(model, grid, engine, sizes, cc, clock)
     poses = Poses.empty(len(particles))
     sums: Sums | None = None
-    done = 0
+    done = lost = 0
     for g, optics in enumerate(particles.optics):
         members = torch.nonzero(particles.group == g)[:, 0]
         if len(members) == 0:
             continue
         frame = make_frame(optics, sizes[0], model.box, model.pixel_size, engine)
         plan = make_plan(shape_of(step, frame), engine.budget, engine.shrink)
+        group = make_group(step, g, frame, plan)
         sums = sums or new_sums(step, particles.optics, len(particles.micrographs), plan.sum_dtype)
-        for index in members.split(plan.images):
+        for index, only in batches(members, assigned, plan.images):
             with clock("windows"):
                 windows = make_windows(images[index], particles, index, frame, model, engine, g)
-            run_batch(step, frame, plan, make_batch(step, frame, particles, index, windows, g), sums, poses)
+                batch = make_batch(step, group, particles, index, windows)
+            lost += run_batch(step, group, batch, only, sums, poses)
             done += len(index)
             tick(done)
     assert sums is not None, "no particles in any optics group"
-    sums.norm = float(poses.norm.sum())
-    sums.log_likelihood, sums.pmax = float(poses.log_likelihood.sum()), float(poses.pmax.sum())
-    sums.particles = len(particles)
-    return sums.finish(), poses, clock.seconds
+    if lost:
+        log.warning("%d particles have no orientation of finite likelihood and keep their old one, with no weight", lost)
+    return sums.finish(poses), poses, clock.seconds
+
+
+def batches(members: Tensor, assigned: Tensor | None, most: int) -> Iterator[tuple[Tensor, int | None]]:
+    """(indices, the only class they may belong to or None) of at most so many particles."""
+    if assigned is None:
+        yield from ((index, None) for index in members.split(most))
+        return
+    for k in assigned[members].unique().tolist():
+        yield from ((index, k) for index in members[assigned[members] == k].split(most))
 
 
 def shape_of(step: Pass, frame: Frame) -> Shape:
@@ -125,38 +143,45 @@ def shape_of(step: Pass, frame: Frame) -> Shape:
     return Shape(
         box=max(model.box, frame.optics.box), size=step.size, pad=engine.pad, classes=model.classes, pixels=frame.inside,
         shifts=len(grid.shifts) * grid.shift_children, children=grid.children * grid.shift_children,
-        real=4 if engine.dtype == torch.float32 else 8, on_gpu=engine.device != "cpu",
+        real=4 if engine.dtype == torch.float32 else 8, on_gpu=engine.device != "cpu", flat=model.maps.ndim == 3,
     )  # fmt: skip
 
 
-def make_batch(step: Pass, frame: Frame, particles: Particles, index: Tensor, windows: Windows, group: int) -> Batch:
-    """What both passes compare with the slices: images and gains weighted by the noise, log-prior of the shifts."""
-    engine, model = step.engine, step.model
-    inverse = 1.0 / model.sigma2[group].to(engine.device)[frame.pixels.shell[: frame.inside]]
-    likelihood = torch.ones_like(inverse) if step.cc else inverse.clone()
-    likelihood[0] = 0.0  # r = 0 says nothing (spec 1.1)
-    likelihood, inverse = likelihood.to(engine.dtype), inverse.to(engine.dtype)
-    shift_log = shift_prior(step, particles, index, windows, frame.optics.pixel_size).to(device=engine.device, dtype=engine.dtype)
-    if step.cc:  # no priors in this mode (spec 2.8)
-        shift_log = torch.zeros_like(shift_log)
-    y, q = windows.masked * (windows.gain * likelihood), 0.5 * windows.gain.square() * likelihood
-    return Batch(particles, index, group, windows, y, q, shift_log, inverse)
+@dataclass(frozen=True)
+class Batch:
+    """Particles in work: images and gains weighted by the noise, and where their shifts start from."""
+
+    particles: Particles
+    index: Tensor  # (b,) rows of particles
+    windows: Windows
+    y: Tensor  # (b, p) complex s c X/σ²
+    q: Tensor  # (b, p) s²c²/(2σ²)
+    old: Tensor  # (b, 2) Å on the device: search.old_offset
+
+    def __getitem__(self, part: slice) -> Batch:
+        windows = Windows(**{name: value[part] for name, value in vars(self.windows).items()})
+        return replace(self, index=self.index[part], windows=windows, y=self.y[part], q=self.q[part], old=self.old[part])
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
-def run_batch(step: Pass, frame: Frame, plan: Plan, batch: Batch, sums: Sums, poses: Poses) -> None:
-    """Both passes and the sums for a batch of particles."""
-    engine, particles, index = step.engine, batch.particles, batch.index
-    y, q, shift_log = batch.y, batch.q, batch.shift_log
-    if step.grid.sampling.sigma is None:
-        coarse, left_out = coarse_global(step, frame, y, q, shift_log)
-        log_orientation = (
-            step.model.pdf_direction.log()
-            .to(engine.device)[coarse.orientation // step.grid.orientations, coarse.orientation % step.grid.orientations // step.grid.n_psi]
-            .to(engine.dtype)
-        )
+def make_batch(step: Pass, group: Group, particles: Particles, index: Tensor, windows: Windows) -> Batch:
+    """What both passes compare with the slices."""
+    old = old_offset(step, particles, index, windows, group.frame.optics.pixel_size)
+    y, q = windows.masked * (windows.gain * group.likelihood), 0.5 * windows.gain.square() * group.likelihood
+    return Batch(particles, index, windows, y, q, old)
+
+
+def run_batch(step: Pass, group: Group, batch: Batch, only: int | None, sums: Sums, poses: Poses) -> int:
+    """Both passes and the sums for a batch of particles; returns how many of them found no sample at all."""
+    engine, grid, index = step.engine, step.grid, batch.index
+    if grid.sampling.sigma is None and grid.rotations is None:
+        coarse, left_out = coarse_global(step, group, batch.y, batch.q, batch.old, only)
+        o = coarse.orientation
+        log_orientation = step.log_direction[o // grid.orientations, o % grid.orientations // grid.n_psi]
     else:
-        centre = particles.prior_rotation if particles.prior_rotation is not None else particles.rotation
-        coarse, log_orientation = coarse_local(step, frame, centre[index], y, q, shift_log, plan)
+        coarse, log_orientation = coarse_local(step, group, batch.particles, index, batch.y, batch.q, batch.old, only)
         left_out = None
     with step.clock("thresholds"):
         if step.cc:
@@ -164,15 +189,21 @@ def run_batch(step: Pass, frame: Frame, plan: Plan, batch: Batch, sums: Sums, po
         else:
             keep = significant(coarse.image, coarse.value, len(index), engine.fraction, engine.max_significant, left_out).keep
             coarse, log_orientation = coarse[keep], log_orientation[keep]
-    for lo, hi in sub_batches(coarse, len(index), plan.entries):
+    lost = 0
+    for lo, hi in sub_batches(coarse, len(index), group.plan.entries):
         mine = (coarse.image >= lo) & (coarse.image < hi)
         some = coarse[mine]
         some = Found(some.image - lo, some.orientation, some.shift, some.value)
-        poses.put_(index[lo:hi], fine_batch(step, frame, plan, some, log_orientation[mine], batch[lo:hi], sums))
+        part, found = fine_batch(step, group, some, log_orientation[mine], batch[lo:hi], sums)
+        poses.put_(index[lo:hi], part)
+        lost += hi - lo - found
+    return lost
 
 
 def sub_batches(coarse: Found, images: int, entries: int) -> list[tuple[int, int]]:
     """Ranges of images with at most so many significant coarse samples (one image at least)."""
+    if len(coarse.image) <= entries:
+        return [(0, images)]
     ends = torch.bincount(coarse.image, minlength=images).cumsum(0).tolist()
     out, lo, base = [], 0, 0
     for i in range(images):
@@ -182,74 +213,66 @@ def sub_batches(coarse: Found, images: int, entries: int) -> list[tuple[int, int
     return [*out, (lo, images)]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Particles in work: what the fine pass and the sums need of them."""
-
-    particles: Particles
-    index: Tensor  # (b,) rows of particles
-    group: int  # their optics group
-    windows: Windows
-    y: Tensor
-    q: Tensor
-    shift_log: Tensor
-    inverse: Tensor  # (p,) 1/σ²
-
-    def __getitem__(self, part: slice) -> Batch:
-        windows = Windows(**{name: value[part] for name, value in vars(self.windows).items()})
-        return replace(self, index=self.index[part], windows=windows, y=self.y[part], q=self.q[part], shift_log=self.shift_log[part])
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-
-def fine_batch(step: Pass, frame: Frame, plan: Plan, coarse: Found, log_orientation: Tensor, batch: Batch, sums: Sums) -> Poses:
-    """Pass 2 and the sums of some images. Adds to `sums`; returns their poses (`significant` is left to the caller)."""
-    grid, n, index = step.grid, len(batch), batch.index
-    fine = fine_pass(step, frame, coarse, log_orientation, batch.y, batch.q, batch.shift_log, plan)
+def fine_batch(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, batch: Batch, sums: Sums) -> tuple[Poses, int]:
+    """Pass 2 and the sums of some images. Adds to `sums`; returns their poses, and how many images have a sample."""
+    fine = fine_pass(step, group, coarse, log_orientation, batch.y, batch.q, batch.old)
     with step.clock("posterior"):
-        post = posterior(step, fine, n)
+        post = posterior(step, fine, len(batch))
     with step.clock("sums"):
-        per_image = add_samples(step, frame, plan, fine, post.gamma, batch, sums)
+        per_image = add_samples(step, group, fine, post.gamma, batch, sums)
     with step.clock("statistics"):
-        residual = add_statistics(step, frame, fine, post.gamma, per_image, batch, sums)
-    size = grid.children * grid.shift_children
-    entry, child, small = (
-        x.cpu() for x in (post.best // size, post.best // grid.shift_children % grid.children, post.best % grid.shift_children)
-    )
-    orientation = fine.slices.orientation[fine.orientation.cpu()[entry] * grid.children]
-    shift = batch.windows.pre_shift + grid.fine_shifts()[fine.shift.cpu()[entry] * grid.shift_children + small]
-    norm = batch.particles.norm[index]
+        residual = add_statistics(step, group, fine, post.gamma, per_image, batch, sums)
+        return best_poses(step, group, fine, post, coarse, residual, batch)
+
+
+def best_poses(
+    step: Pass, group: Group, fine: Fine, post: Posterior, coarse: Found, residual: Tensor, batch: Batch
+) -> tuple[Poses, int]:
+    """The best sample of each image. One without any (all excluded, or its likelihoods not finite) keeps what it had (spec 2.7)."""
+    grid, n, particles, index = step.grid, len(batch), batch.particles, batch.index
+    some = post.best >= 0
+    best = post.best.clamp(min=0)
+    entry, rest = best // (grid.children * grid.shift_children), best % (grid.children * grid.shift_children)
+    child, small = rest // grid.shift_children, rest % grid.shift_children
+    norm = particles.norm[index].to(residual)
     if step.engine.correct_norm:
-        norm = norm / step.model.norm_average * (2 * residual).sqrt()
-    return Poses(
-        grid.fine_rotations(orientation % grid.orientations, child), shift, orientation // grid.orientations, norm, post.pmax,
-        torch.bincount(coarse.image, minlength=n), log_likelihood(step, frame, batch, post.log_norm),
+        norm = torch.where(some, norm / step.model.norm_average * (2 * residual.clamp(min=0)).sqrt(), norm)
+    old_rotation, old_shift = particles.rotation[index].to(norm), particles.shift[index].to(norm)
+    if len(fine.image):
+        orientation = fine.slices.orientation[:: grid.children][fine.orientation[entry]]
+        fine_shifts = grid.fine_shifts().to(norm)
+        shift = batch.windows.pre_shift.to(norm) + fine_shifts[fine.shift[entry] * grid.shift_children + small]
+        rotation = grid.fine_rotations(orientation % grid.orientations, child)
+        klass = orientation // grid.orientations
+    else:
+        rotation, shift, klass = old_rotation, old_shift, torch.zeros_like(best)
+    found = Poses(
+        torch.where(some[:, None, None], rotation, old_rotation), torch.where(some[:, None], shift, old_shift),
+        torch.where(some, klass, particles.klass[index].to(klass).sub(1).clamp(min=0)), norm, post.pmax,
+        torch.bincount(coarse.image, minlength=n), torch.where(some, log_likelihood(step, group, batch, post.log_norm), 0.0),
     )  # fmt: skip
+    return found, int(some.sum())
 
 
-def add_samples(step: Pass, frame: Frame, plan: Plan, fine: Fine, gamma: Tensor, batch: Batch, sums: Sums) -> Tensor:
+def add_samples(step: Pass, group: Group, fine: Fine, gamma: Tensor, batch: Batch, sums: Sums) -> Tensor:
     """Weighted sums of the significant samples, inserted.
 
     Returns (b, 4) float64 an image: Σ x, Σ |S|²G (ops.accumulate), and both over the shells that measure the scale.
     """
-    engine, grid, w = step.engine, step.grid, batch.windows
-    phases = shift_phases(frame, grid.fine_shifts(), frame.inside, engine)
+    engine, w, frame, phases = step.engine, batch.windows, group.frame, group.fine_phases
     shell, n_shells = frame.pixels.shell[: frame.inside], frame.pixels.size // 2 + 1
-    arrays = (w.masked * w.gain, w.gain.square(), w.unmasked * (w.data_gain * batch.inverse), w.weight_gain * batch.inverse)
+    arrays = (w.masked * w.gain, w.gain.square(), w.unmasked * (w.data_gain * group.inverse), w.weight_gain * group.inverse)
     slices, row_slice, row_image, weights = weighted_rows(fine, gamma, len(batch), phases.shape[1])
     per_image = torch.zeros(len(batch), 4, dtype=torch.float64, device=gamma.device)
-    for a, b, lo, hi in slices.chunks(row_slice, plan, grid):
-        k = int(slices.orientation[a]) // grid.orientations
-        some, rotations = make_slices(step, slices, a, b, frame.coords)
+    for a, b, lo, hi, k in slices.chunks(row_slice, group.plan, step.grid):
+        some, rotations = make_slices(step, slices, a, b, k, frame.coords)
         part = accumulate(
             some, row_slice[lo:hi] - a, row_image[lo:hi], weights[lo:hi], phases, *arrays, shell, n_shells, scale_pixels(step, frame, k),
             implementation=engine.implementation,
         )  # fmt: skip
-        insert_(
-            sums.data[k], sums.weight[k], part.data, part.weight, rotations, frame.coords, engine.pad, implementation=engine.implementation
-        )
-        sums.sigma2[batch.group][:n_shells] += (part.power - 2 * part.cross).cpu()
+        data = part.data - part.weight * some if engine.residual else part.data
+        insert_(sums.data[k], sums.weight[k], data, part.weight, rotations, frame.coords, engine.pad, implementation=engine.implementation)
+        sums.sigma2[group.number][:n_shells] += part.power - 2 * part.cross
         per_image.index_add_(0, row_image[lo:hi], part.rows.double())
     return per_image
 
@@ -261,41 +284,44 @@ def scale_pixels(step: Pass, frame: Frame, k: int) -> Tensor:
     return good[shell.clamp(max=len(good) - 1)]
 
 
-def add_statistics(step: Pass, frame: Frame, fine: Fine, gamma: Tensor, per_image: Tensor, batch: Batch, sums: Sums) -> Tensor:
+def add_statistics(step: Pass, group: Group, fine: Fine, gamma: Tensor, per_image: Tensor, batch: Batch, sums: Sums) -> Tensor:
     """Noise, priors, offsets and scales (spec 3.8); returns (b,) float64 residual power S_i for the norm correction."""
-    grid, n, w, group, particles = step.grid, len(batch), batch.windows, batch.group, batch.particles
+    grid, n, w, g, particles, at = step.grid, len(batch), batch.windows, group.number, batch.particles, gamma.device
     by_shift = gamma.sum(1, dtype=torch.float64)  # (entries, c)
     each_entry = by_shift.sum(1)
-    total = torch.zeros(n, dtype=torch.float64, device=gamma.device).index_add_(0, fine.image, each_entry)
+    total = torch.zeros(n, dtype=torch.float64, device=at).index_add_(0, fine.image, each_entry)
     n_shells = w.window_power.shape[1]
     beyond = w.power[:, n_shells:]
+    some = (total > 0).double()[:, None]
     # The window's last shell lacks the pixels at ky = −n_c/2; the model is zero there, so whole shells are exact. RELION sums the window.
     power = w.window_power if step.engine.relion_form else w.power[:, :n_shells]
-    sums.sigma2[group][:n_shells] += (power * total[:, None]).sum(0).cpu()
-    sums.sigma2[group][n_shells:] += beyond.sum(0).cpu()
-    sums.sigma2_weight[group] += float(total.sum())
-    orientation = fine.slices.orientation[:: grid.children][fine.orientation.cpu()]
-    flat = orientation // grid.orientations * grid.directions + orientation % grid.orientations // grid.n_psi
-    sums.direction.view(-1).index_add_(0, flat, each_entry.cpu())
-    centre = torch.zeros(n, 2, dtype=torch.float64) if particles.prior_shift is None else particles.prior_shift[batch.index]
-    shifts = grid.fine_shifts().reshape(-1, grid.shift_children, 2)
-    moved = (w.pre_shift - centre)[fine.image.cpu(), None] + shifts[fine.shift.cpu()]
-    sums.offset2 += float((by_shift.cpu() * moved.square().sum(-1)).sum())
+    sums.sigma2[g][:n_shells] += (power * total[:, None]).sum(0)
+    sums.sigma2[g][n_shells:] += (beyond * some).sum(0)
+    sums.sigma2_weight[g] += total.sum()
+    orientation = fine.slices.orientation[:: grid.children][fine.orientation]
+    klass = orientation // grid.orientations
+    sums.direction.view(-1).index_add_(0, klass * grid.directions + orientation % grid.orientations // grid.n_psi, each_entry)
+    shifts = grid.fine_shifts().reshape(-1, grid.shift_children, 2).to(at)
+    total_shift = w.pre_shift.to(at)[fine.image, None] + shifts[fine.shift]  # (entries, c, 2)
+    centre = centre_of(step, klass).expand(len(klass), 2)
+    if particles.prior_shift is not None and len(step.offset) == 1:
+        centre = particles.prior_shift[batch.index].to(at)[fine.image]
+    sums.offset2 += (by_shift * (total_shift - centre[:, None]).square().sum(-1)).sum()
+    sums.offset_sum.index_add_(0, klass, (by_shift[..., None] * total_shift).sum(1))
     micrograph = particles.micrograph[batch.index]
-    s = step.model.scales[micrograph].clamp(min=0.001)
-    each = per_image.cpu()
-    sums.scale_cross.index_add_(0, micrograph, each[:, 2] / s)
-    sums.scale_power.index_add_(0, micrograph, each[:, 3] / s**2)
-    inside = (power.sum(1) * total).cpu() - 2 * each[:, 0] + each[:, 1]
-    return inside + beyond.sum(1).cpu()
+    s = step.model.scales[micrograph].clamp(min=0.001).to(at)
+    sums.scale_cross.index_add_(0, micrograph.to(at), per_image[:, 2] / s)
+    sums.scale_power.index_add_(0, micrograph.to(at), per_image[:, 3] / s**2)
+    inside = power.sum(1) * total - 2 * per_image[:, 0] + per_image[:, 1]
+    return inside + beyond.sum(1)
 
 
-def log_likelihood(step: Pass, frame: Frame, batch: Batch, log_norm: Tensor) -> Tensor:
+def log_likelihood(step: Pass, group: Group, batch: Batch, log_norm: Tensor) -> Tensor:
     """(b,) float64 log Σ w with the terms common to all hypotheses: −½ Σ|X|²/σ² − Σ log 2πσ² over the window's pixels."""
     if step.cc:
-        return log_norm.double().cpu()
+        return log_norm.double()
     power = batch.windows.window_power
-    sigma2 = step.model.sigma2[batch.group].to(power)[1 : power.shape[1]]
-    count = torch.bincount(frame.pixels.shell, minlength=len(sigma2) + 1)[1:].to(sigma2)
+    sigma2 = step.model.sigma2[group.number].to(power)[1 : power.shape[1]]
+    count = torch.bincount(group.frame.pixels.shell, minlength=len(sigma2) + 1)[1:].to(sigma2)
     constant = (count * torch.log(2 * math.pi * sigma2)).sum()
-    return (log_norm.double() - 0.5 * (power[:, 1:] / sigma2).sum(1) - constant).cpu()
+    return log_norm.double() - 0.5 * (power[:, 1:] / sigma2).sum(1) - constant

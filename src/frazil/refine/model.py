@@ -12,7 +12,7 @@ from torch import Tensor
 class Model:
     """References and parameters of one half set (spec/refinement 8.3 names the same quantities)."""
 
-    maps: Tensor  # (K, N, N, N) references, after solvent flattening
+    maps: Tensor  # (K, N, N, N) references, after solvent flattening; 2D classes (K, N, N)
     pixel_size: float  # Å
     sigma2: tuple[Tensor, ...]  # per optics group (N_g/2+1,) float64: noise variance per real or imaginary component, a shell
     scales: Tensor  # (micrographs,) float64 scale s_m
@@ -25,6 +25,7 @@ class Model:
     fsc: Tensor  # (N/2+1,) float64 between half maps (zeros where there are none)
     sigma2_map: Tensor  # (K, N/2+1) float64 variance of the reconstruction (rlnReferenceSigma2)
     coverage: Tensor  # (K, N/2+1) float64 fraction of voxels with data above prior (rlnFourierCompleteness)
+    prior_offset: Tensor | None = None  # (K, 2) float64 Å: centre of each class's shift prior; None: 0, or the particles' prior shift
     ave_pmax: float = 0.0
     log_likelihood: float = 0.0
 
@@ -41,12 +42,13 @@ class Model:
 class Statistics:
     """Sums of the E-step over particles. Two of them add up (batches, devices); spec/refinement 3.1 and 3.8."""
 
-    data: Tensor  # (K, half volume) complex: Σ Γ s c/σ² X
-    weight: Tensor  # (K, half volume) real: Σ Γ s² c²/σ²
+    data: Tensor  # (K, half volume or plane) complex: Σ Γ s c/σ² X
+    weight: Tensor  # (K, half volume or plane) real: Σ Γ s² c²/σ²
     sigma2: tuple[Tensor, ...]  # per optics group (N_g/2+1,) float64 residual power
     sigma2_weight: Tensor  # (groups,) float64 Σ Γ
     direction: Tensor  # (K, directions) float64 Σ Γ
     offset2: float  # Σ Γ |o − c|², Å²
+    offset_sum: Tensor  # (K, 2) float64 Σ Γ o, Å
     scale_cross: Tensor  # (micrographs,) float64 Σ Γ Re⟨c P V, X⟩
     scale_power: Tensor  # (micrographs,) float64 Σ Γ ‖c P V‖²
     norm: float  # Σ ν'
@@ -62,6 +64,7 @@ class Statistics:
             sigma2_weight=self.sigma2_weight + other.sigma2_weight,
             direction=self.direction + other.direction,
             offset2=self.offset2 + other.offset2,
+            offset_sum=self.offset_sum + other.offset_sum,
             scale_cross=self.scale_cross + other.scale_cross,
             scale_power=self.scale_power + other.scale_power,
             norm=self.norm + other.norm,

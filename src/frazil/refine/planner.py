@@ -25,6 +25,7 @@ class Shape:
     children: int  # fine samples of a coarse one
     real: int = 4  # bytes of a real number: 4 or 8
     on_gpu: bool = False
+    flat: bool = False  # 2D references
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,17 @@ class Plan:
     sum_dtype: torch.dtype  # of the back-projected sums
     fixed: int  # bytes of the volumes that stay for the whole E-step
     working: int  # bytes left for batches
+    scores: int = 0  # bytes of a table of coarse scores; 0: as the op likes it (a CPU's cache)
+
+    def score_images(self, slices: int, shifts: int) -> int | None:
+        """Images whose coarse scores are held at once: two real tables of (images, shifts, slices)."""
+        return max(1, self.scores // (8 * slices * shifts)) if self.scores else None
 
 
 def half_volume_bytes(shape: Shape, voxel: int) -> int:
-    """Bytes of a half volume of the window at `voxel` bytes an element."""
+    """Bytes of a half volume (or half plane) of the window at `voxel` bytes an element."""
     m = half_volume_radius(shape.pad, min(shape.size, shape.box) // 2)
-    return (2 * m + 1) ** 2 * (m + 1) * voxel
+    return (2 * m + 1) ** (1 if shape.flat else 2) * (m + 1) * voxel
 
 
 def make_plan(shape: Shape, budget: int, shrink: int = 1) -> Plan:
@@ -66,6 +72,7 @@ def make_plan(shape: Shape, budget: int, shrink: int = 1) -> Plan:
         sum_dtype=torch.float64 if double else torch.float32,
         fixed=fixed,
         working=working,
+        scores=working // 6 if shape.on_gpu else 0,
     )
 
 

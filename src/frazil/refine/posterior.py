@@ -69,6 +69,5 @@ def weighted_rows(fine: Fine, gamma: Tensor, images: int, shifts: int) -> tuple[
     filled = per_slice.reshape(-1) > 0
     number = filled.long().cumsum(0) - 1
     row_slice = number[orientation[row_pair] * children + row_child]
-    keep = filled.cpu()
-    slices = Slices(fine.slices.orientation[keep], fine.slices.child[keep] if fine.slices.child is not None else None)
+    slices = Slices(fine.slices.orientation[filled], fine.slices.child[filled] if fine.slices.child is not None else None)
     return slices, row_slice, fine.image[first][row_pair], EntryWeights(gamma, fine.shift, start, row_pair, row_child, shifts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -26,11 +26,13 @@ class Sampling:
     instance: float = 0.0  # ρ, the present perturbation
     factor: float = 0.5  # f, its limit; 0: none
     sigma: float | None = None  # degrees, sd of the local orientation prior; None: search everywhere
+    flat: bool = False  # 2D references: in-plane rotation only
+    psi_step: float | None = None  # degrees between coarse in-plane angles; None: that of the order
 
     @property
     def coarse_step(self) -> float:
         """Degrees between coarse orientations."""
-        return sphere.angular_step(self.order)
+        return self.psi_step or sphere.angular_step(self.order)
 
     @property
     def step(self) -> float:
@@ -58,6 +60,12 @@ class Grid:
     shifts: Tensor  # (t, 2) Å coarse, without perturbation: where priors are evaluated
     table: Tensor  # (12·4^order, 2) rot, tilt of all coarse directions
     fine_table: Tensor  # (12·4^(order+q), 2) the same for children
+    rotations: Tensor | None = None  # (n, 3, 3): orientation i is this rotation of particle i, and nothing is searched
+
+    def to(self, device: str) -> Grid:
+        """The grid with its tables on a device, where rotations are then made."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items()})
 
     @property
     def directions(self) -> int:
@@ -70,7 +78,9 @@ class Grid:
     @property
     def children(self) -> int:
         """Fine orientations of a coarse one."""
-        return 8**self.sampling.oversampling
+        if self.rotations is not None:
+            return 1
+        return (2 if self.sampling.flat else 8) ** self.sampling.oversampling
 
     @property
     def shift_children(self) -> int:
@@ -79,15 +89,17 @@ class Grid:
 
     def coarse_shifts(self) -> Tensor:
         """(t, 2) Å, perturbed."""
-        return self.shifts + self.sampling.instance * self.sampling.offset_step
+        return self.shifts.cpu() + self.sampling.instance * self.sampling.offset_step
 
     def fine_shifts(self) -> Tensor:
         """(t·4^q, 2) Å, perturbed; the children of a coarse shift are consecutive."""
         s = self.sampling
-        return (sphere.fine_shifts(self.shifts, s.offset_step, s.oversampling) + s.instance * s.offset_step).reshape(-1, 2)
+        return (sphere.fine_shifts(self.shifts.cpu(), s.offset_step, s.oversampling) + s.instance * s.offset_step).reshape(-1, 2)
 
     def coarse_rotations(self, orientation: Tensor) -> Tensor:
         """(n, 3, 3) float64 rotations of coarse orientations (n,)."""
+        if self.rotations is not None:
+            return self.rotations[orientation.to(self.rotations.device)]
         o = orientation.to(self.pixels.device)
         rot_tilt = self.table[self.pixels[o // self.n_psi]]
         psi = (o % self.n_psi).double() * (360.0 / self.n_psi)
@@ -95,6 +107,8 @@ class Grid:
 
     def fine_rotations(self, orientation: Tensor, child: Tensor) -> Tensor:
         """(n, 3, 3) float64 rotations of children (n,) of coarse orientations (n,)."""
+        if self.rotations is not None:
+            return self.rotations[orientation.to(self.rotations.device)]
         o, q = orientation.to(self.pixels.device), self.sampling.oversampling
         child = child.to(o)
         rot_tilt = self.fine_table[self.pixels[o // self.n_psi] * 4**q + child // 2**q]
@@ -110,6 +124,17 @@ class Grid:
 
 def make_grid(sampling: Sampling) -> Grid:
     """The grid of some sampling settings."""
+    if sampling.flat:
+        turn = torch.tensor([0.0, 0.0, sampling.instance * sampling.coarse_step], dtype=torch.float64)
+        return Grid(
+            sampling=sampling,
+            pixels=torch.zeros(1, dtype=torch.int64),
+            n_psi=len(sphere.psi_angles(sampling.coarse_step)),
+            perturbation=euler_to_matrix(turn),
+            shifts=sphere.shift_grid(sampling.offset_range, sampling.offset_step),
+            table=torch.zeros(1, 2, dtype=torch.float64),
+            fine_table=torch.zeros(1, 2, dtype=torch.float64),
+        )
     return Grid(
         sampling=sampling,
         pixels=kept_directions(sampling.group, sampling.order),
@@ -118,6 +143,23 @@ def make_grid(sampling: Sampling) -> Grid:
         shifts=sphere.shift_grid(sampling.offset_range, sampling.offset_step),
         table=sphere.directions(sampling.order),
         fine_table=sphere.directions(sampling.order + sampling.oversampling),
+    )
+
+
+def fixed_grid(rotations: Tensor, sampling: Sampling | None = None) -> Grid:
+    """The grid on which particle i keeps its rotation i (n, 3, 3): with a sampling its shifts are searched, else they stay too."""
+    still = sampling is None
+    sampling = Sampling(0, 0.0, 1.0, oversampling=0, factor=0.0) if sampling is None else sampling
+    none = torch.zeros(1, 2, dtype=torch.float64)
+    return Grid(
+        sampling=sampling,
+        pixels=torch.zeros(1, dtype=torch.int64),
+        n_psi=len(rotations),
+        perturbation=torch.eye(3, dtype=torch.float64),
+        shifts=none if still else sphere.shift_grid(sampling.offset_range, sampling.offset_step),
+        table=none,
+        fine_table=none,
+        rotations=rotations,
     )
 
 

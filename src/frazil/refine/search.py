@@ -1,16 +1,20 @@
 """Searching orientations and shifts: two passes of adaptive oversampling as matrix products (spec/refinement 2.5, 2.6, 10).
 
-coarse   every orientation and coarse shift in the window n_0 (dense), or the neighbours of a prior (rows);
+coarse   every orientation of every class and coarse shift in the window n_0 (dense), or the neighbours of a prior (rows);
 fine     the 8^q × 4^q children of the significant samples in the window n_c, as rows (slice, image) against shared shift phases.
 
 A *row* compares one slice with one image at all shifts; rows are sorted by slice, so that a slice is made once for all its images.
+An orientation is counted through all classes: o + class · orientations.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,13 +38,30 @@ class Pass:
     """What one E-step works with: a model, its transforms, a grid, the windows' sizes."""
 
     model: Model
-    volumes: list[Tensor]  # per class, half volume of the reference
-    grid: Grid
+    volumes: list[Tensor]  # per class, half volume (2D: half plane) of the reference
+    grid: Grid  # on the engine's device
     engine: Engine
     size: int  # n_c
     coarse_size: int  # n_0
     cc: bool  # cross-correlation instead of the likelihood
     clock: Clock
+    log_direction: Tensor  # (K, directions) log of the prior, on the device
+    offset: Tensor  # (K or 1, 2) Å: centre of the shift prior of each class
+
+
+@dataclass(frozen=True)
+class Group:
+    """What an optics group adds to a pass: the same for all of its particles."""
+
+    number: int
+    frame: Frame
+    plan: Plan
+    coarse_phases: Tensor  # (p_0, t)
+    fine_phases: Tensor  # (p, t·4^q)
+    inverse: Tensor  # (p,) 1/σ²
+    likelihood: Tensor  # (p,) the same, 0 at r = 0 (in the cross-correlation mode 1)
+    half: Tensor  # (h,) coarse orientations with psi < 180°: the others are their conjugates
+    coarse: Tensor | None  # (K·h, p_0) slices of all classes, where memory holds them
 
 
 @dataclass(frozen=True)
@@ -58,8 +79,62 @@ class Found:
 
 def reference_volumes(model: Model, size: int, engine: Engine) -> list[Tensor]:
     """Half volumes of the references, divided by the interpolation's sinc² before padding (spec 3.5)."""
-    correction = sinc2(model.box, engine.pad, device=engine.device, dtype=engine.dtype)
+    dims = model.maps.ndim - 1
+    correction = sinc2(model.box, engine.pad, device=engine.device, dtype=engine.dtype, dims=dims)
     return [padded_ft(v.to(correction) / correction, engine.pad, size // 2) for v in model.maps]
+
+
+def make_pass(
+    model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], cc: bool, clock: Clock
+) -> Pass:
+    """A pass over a grid with a model; transforms the references."""
+    with clock("reference"):
+        volumes = reference_volumes(model, sizes[0], engine)
+    offset = torch.zeros(1, 2, dtype=torch.float64) if model.prior_offset is None else model.prior_offset
+    prior = model.pdf_direction if grid.rotations is None else model.pdf_class[:, None]
+    if grid.sampling.sigma is not None:
+        prior = model.pdf_class[:, None].expand(-1, grid.directions)
+    log_direction = prior.log().to(device=engine.device, dtype=engine.dtype)
+    return Pass(model, volumes, grid.to(engine.device), engine, *sizes, cc, clock, log_direction, offset.to(engine.device))
+
+
+def make_group(step: Pass, number: int, frame: Frame, plan: Plan) -> Group:
+    """The part of a pass that particles of one optics group share."""
+    engine, grid = step.engine, step.grid
+    p = frame.coarse_inside(step.coarse_size)
+    inverse = 1.0 / step.model.sigma2[number].to(engine.device)[frame.pixels.shell[: frame.inside]]
+    likelihood = torch.ones_like(inverse) if step.cc else inverse.clone()
+    likelihood[0] = 0.0  # r = 0 says nothing (spec 1.1)
+    group = Group(
+        number=number,
+        frame=frame,
+        plan=plan,
+        coarse_phases=shift_phases(frame, grid.coarse_shifts(), p, engine),
+        fine_phases=shift_phases(frame, grid.fine_shifts(), frame.inside, engine),
+        inverse=inverse.to(engine.dtype),
+        likelihood=likelihood.to(engine.dtype),
+        half=grid.first_half(),
+        coarse=None,
+    )
+    searched = grid.sampling.sigma is None and grid.rotations is None
+    count = len(group.half) * step.model.classes
+    if searched and count * p * (8 if engine.dtype == torch.float32 else 16) <= engine.budget // 8:
+        with step.clock("coarse slices"):
+            group = replace(group, coarse=coarse_slices(step, group, 0, count))
+    return group
+
+
+def coarse_slices(step: Pass, group: Group, a: int, b: int) -> Tensor:
+    """(b − a, p_0) slices of the coarse orientations with psi < 180°, counted through the classes."""
+    h, p, engine = len(group.half), len(group.coarse_phases), step.engine
+    out = torch.empty(b - a, p, dtype=engine.complex, device=engine.device)
+    for k in range(a // h, (b - 1) // h + 1):
+        lo, hi = max(a, k * h), min(b, (k + 1) * h)
+        rotations = step.grid.coarse_rotations(group.half[lo - k * h : hi - k * h]).to(device=engine.device, dtype=engine.dtype)
+        out[lo - a : hi - a] = project(
+            step.volumes[k], rotations, group.frame.coords[:p], engine.pad, implementation=engine.implementation
+        )
+    return out
 
 
 def shift_phases(frame: Frame, shifts: Tensor, p: int, engine: Engine) -> Tensor:
@@ -68,56 +143,94 @@ def shift_phases(frame: Frame, shifts: Tensor, p: int, engine: Engine) -> Tensor
     return torch.polar(torch.ones_like(angle), angle).to(engine.complex)
 
 
-def shift_prior(step: Pass, particles: Particles, index: Tensor, windows: Windows, pixel_size: float) -> Tensor:
-    """(b, t) log of the Gaussian prior of the coarse, unperturbed shifts, around the prior shift or 0 (spec 2.5)."""
-    old = windows.pre_shift[:, None].clone()
+def old_offset(step: Pass, particles: Particles, index: Tensor, windows: Windows, pixel_size: float) -> Tensor:
+    """(b, 2) Å on the device: what the grid's unperturbed shifts are added to before the shift prior is evaluated (spec 2.5)."""
     if step.engine.relion_form:  # RELION ≥ 3.1 adds the old offset in px to the grid in Å and multiplies by a²
-        total = (windows.pre_shift_px[:, None] + step.grid.shifts) * pixel_size
-    else:
-        if particles.prior_shift is not None:
-            old -= particles.prior_shift[index][:, None]
-        total = old + step.grid.shifts
-    return -total.square().sum(-1) / (2 * step.model.sigma_offset**2)
+        return windows.pre_shift_px.to(step.offset)
+    if particles.prior_shift is not None:
+        return (windows.pre_shift - particles.prior_shift[index]).to(step.offset)
+    return windows.pre_shift.to(step.offset)
 
 
-def coarse_global(step: Pass, frame: Frame, y: Tensor, q: Tensor, shift_log: Tensor) -> tuple[Found, Tensor | None]:
-    """Candidates of the whole coarse grid, pass 1, and the mass an image's list lacks (None: none that counts).
+def shift_prior(step: Pass, old: Tensor, shifts: Tensor, centre: Tensor, pixel_size: float) -> Tensor:
+    """log of the Gaussian prior of coarse, unperturbed shifts (…, 2) Å around a centre (…, 2), broadcast over the arguments (spec 2.5)."""
+    unit = pixel_size if step.engine.relion_form else 1.0
+    return -((old + shifts) * unit - centre).square().sum(-1) / (2 * step.model.sigma_offset**2)
 
-    psi + 180° comes free as the conjugate. Orientations are taken in chunks of what memory holds; with a single chunk, samples that
-    cannot be significant are left out at once.
+
+def centre_of(step: Pass, klass: Tensor) -> Tensor:
+    """(…, 2) Å: centre of the shift prior of classes (…)."""
+    return step.offset[klass] if len(step.offset) > 1 else step.offset[0]
+
+
+def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, only: int | None) -> tuple[Found, Tensor | None]:
+    """Candidates of the whole coarse grid of all classes (or one), pass 1, and the mass an image's list lacks (None: none that counts).
+
+    psi + 180° comes free as the conjugate. Where the slices of all do not fit the memory they are taken in chunks; with a single
+    chunk, samples that cannot be significant are left out at once.
     """
-    grid, engine = step.grid, step.engine
-    p = frame.coarse_inside(step.coarse_size)
-    phases = shift_phases(frame, grid.coarse_shifts(), p, engine)
-    half = grid.first_half()
-    chunk = max(grid.n_psi // 2, engine.budget // 8 // (p * (8 if engine.dtype == torch.float32 else 16)))
-    fraction = engine.fraction if len(half) <= chunk and len(step.volumes) == 1 else None
-    y, q = y[:, :p].contiguous(), q[:, :p].contiguous()
-    log_direction = step.model.pdf_direction.log()
+    grid, engine, a = step.grid, step.engine, group.frame.optics.pixel_size
+    h, p = len(group.half), len(group.coarse_phases)
+    classes = range(step.model.classes) if only is None else range(only, only + 1)
+    y, q, phases = y[:, :p], q[:, :p], group.coarse_phases
+    shared = shift_prior(step, old[:, None], grid.shifts, step.offset[0] if len(step.offset) == 1 else torch.zeros_like(old[0]), a).to(q)
+    y, q, phases = with_class_offsets(step, y, q, phases, old, a)
     found, left_out = [], None
-    for k, volume in enumerate(step.volumes):
-        for some in half.split(chunk):
-            with step.clock("coarse slices"):
-                rotations = grid.coarse_rotations(some).to(device=engine.device, dtype=engine.dtype)
-                slices = project(volume, rotations, frame.coords[:p], engine.pad, implementation=engine.implementation)
-            with step.clock("coarse products"):
-                prior = log_direction[k][some // grid.n_psi].to(slices.real).expand(2, -1).contiguous()
-                c = candidates(
-                    slices, y, q, phases, prior, shift_log, depth=DEPTH, fraction=fraction, cc=step.cc, implementation=engine.implementation
-                )
+    parts = list(coarse_parts(step, group, classes))
+    fraction = engine.fraction if len(parts) == 1 else None
+    for first, some in parts:
+        with step.clock("coarse products"):
+            flat = torch.arange(first, first + len(some), device=old.device)
+            klass, o = flat // h, group.half.to(old.device)[flat % h]
+            prior = step.log_direction[klass, o // grid.n_psi]
+            if len(step.offset) > 1:
+                prior = prior - (step.offset[klass].square().sum(-1) / (2 * step.model.sigma_offset**2)).to(prior)
+                some = torch.cat([some, step.offset[klass].to(some).repeat(1, 2)], 1)
+            c = candidates(
+                some, y, q, phases, prior.expand(2, -1).contiguous(), shared, depth=DEPTH, fraction=fraction, cc=step.cc,
+                batch=group.plan.score_images(len(some), len(grid.shifts)), implementation=engine.implementation,
+            )  # fmt: skip
             left_out = c.left_out if fraction is not None else None
             mate, which = c.hypothesis // len(some), c.hypothesis % len(some)
-            orientation = some.to(which.device)[which] + mate * (grid.n_psi // 2) + k * grid.orientations
+            orientation = o[which] + mate * (grid.n_psi // 2) + klass[which] * grid.orientations
             found.append(Found(c.image, orientation, c.shift, c.value))
     return _near_best(_join(found), len(y), step.cc), left_out
 
 
+def coarse_parts(step: Pass, group: Group, classes: range) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first, slices) of the coarse orientations with psi < 180°: all classes at once, or in chunks of one class."""
+    h, p = len(group.half), len(group.coarse_phases)
+    if group.coarse is not None:
+        yield classes.start * h, group.coarse[classes.start * h : classes.stop * h]
+        return
+    chunk = max(step.grid.n_psi // 2, step.engine.budget // 8 // (p * (8 if step.engine.dtype == torch.float32 else 16)))
+    for k in classes:
+        for lo in range(k * h, (k + 1) * h, chunk):
+            with step.clock("coarse slices"):
+                some = coarse_slices(step, group, lo, min(lo + chunk, (k + 1) * h))
+            yield lo, some
+
+
+def with_class_offsets(step: Pass, y: Tensor, q: Tensor, phases: Tensor, old: Tensor, pixel_size: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, powers and phases with four pixels more, whose products with (c_x, c_y, c_x, c_y) of a class are o·c/σ².
+
+    With |o − c|² = |o|² − 2 o·c + |c|², o = old + t, the part of the shift prior that depends on both class and shift becomes part
+    of the matrix product. Real on both sides, so that the conjugate mate at psi + 180° has the same. Zeros in the cross-correlation
+    mode, which has no priors; unchanged with one centre.
+    """
+    if len(step.offset) == 1:
+        return y.contiguous(), q.contiguous(), phases
+    unit = 0.0 if step.cc else (pixel_size if step.engine.relion_form else 1.0) / step.model.sigma_offset**2
+    t = step.grid.shifts.T * unit
+    images = torch.cat([old * unit, torch.ones_like(old)], 1).to(y)
+    turn = torch.cat([torch.ones_like(t), t]).to(phases)
+    return torch.cat([y, images], 1), torch.cat([q, torch.zeros_like(images.real)], 1), torch.cat([phases, turn])
+
+
 def _join(parts: list[Found]) -> Found:
-    return (
-        parts[0]
-        if len(parts) == 1
-        else Found(*(torch.cat([getattr(f, n) for f in parts]) for n in ("image", "orientation", "shift", "value")))
-    )
+    if len(parts) == 1:
+        return parts[0]
+    return Found(*(torch.cat([getattr(f, n) for f in parts]) for n in ("image", "orientation", "shift", "value")))
 
 
 def _near_best(found: Found, images: int, only_best: bool) -> Found:
@@ -137,27 +250,29 @@ class Slices:
     Sorted by class and orientation; what is compared with them refers to them by number and is sorted by it.
     """
 
-    orientation: Tensor  # (s,) int64, CPU
+    orientation: Tensor  # (s,) int64
     child: Tensor | None = None  # (s,) int64: children of a coarse orientation, None: coarse orientations themselves
 
     def __len__(self) -> int:
         return len(self.orientation)
 
-    def chunks(self, users: Tensor, plan: Plan, grid: Grid, unit: int = 1) -> list[tuple[int, int, int, int]]:
-        """(first slice, end slice, first user, end user) of chunks of one class within the plan's slices and users.
+    def chunks(self, users: Tensor, plan: Plan, grid: Grid, unit: int = 1) -> list[tuple[int, int, int, int, int]]:
+        """(first slice, end slice, first user, end user, class) of chunks of one class within the plan's slices and users.
 
         users: slice (or group of `unit` slices) of each user, non-decreasing; a single group may exceed the number of users.
         """
         groups = len(self) // unit
-        ends = torch.bincount(users, minlength=groups).cumsum(0).tolist()
-        klass = (self.orientation[::unit] // grid.orientations).tolist()
-        out, a, lo = [], 0, 0
-        while a < groups:
-            b = a + 1
-            while b < groups and (b - a) * unit < plan.slices and ends[b] - lo <= plan.users and klass[b] == klass[a]:
-                b += 1
-            out.append((a * unit, b * unit, lo, ends[b - 1]))
-            a, lo = b, ends[b - 1]
+        ends = torch.bincount(users, minlength=groups).cumsum(0).cpu().numpy()
+        klass = (self.orientation[::unit] // grid.orientations).cpu().numpy()
+        # A class may begin only where the last one ends.
+        borders = [0, *(np.flatnonzero(klass[1:] != klass[:-1]) + 1).tolist(), groups]
+        most, out, lo = max(1, plan.slices // unit), [], 0
+        for start, stop in pairwise(borders):
+            a = start
+            while a < stop:
+                b = min(a + most, stop, max(a + 1, int(np.searchsorted(ends, lo + plan.users, side="right"))))
+                out.append((a * unit, b * unit, lo, int(ends[b - 1]), int(klass[a])))
+                a, lo = b, int(ends[b - 1])
         return out
 
     def rotations(self, grid: Grid, a: int, b: int) -> Tensor:
@@ -166,44 +281,70 @@ class Slices:
         return grid.coarse_rotations(where) if self.child is None else grid.fine_rotations(where, self.child[a:b])
 
 
-def make_slices(step: Pass, slices: Slices, a: int, b: int, coords: Tensor) -> tuple[Tensor, Tensor]:
+def make_slices(step: Pass, slices: Slices, a: int, b: int, klass: int, coords: Tensor) -> tuple[Tensor, Tensor]:
     """(b − a, p) slices a…b, all of one class, and their rotations on the device."""
     rotations = slices.rotations(step.grid, a, b).to(device=step.engine.device, dtype=step.engine.dtype)
-    volume = step.volumes[int(slices.orientation[a]) // step.grid.orientations]
-    return project(volume, rotations, coords, step.engine.pad, implementation=step.engine.implementation), rotations
+    return project(step.volumes[klass], rotations, coords, step.engine.pad, implementation=step.engine.implementation), rotations
 
 
-def coarse_local(step: Pass, frame: Frame, prior: Tensor, y: Tensor, q: Tensor, shift_log: Tensor, plan: Plan) -> tuple[Found, Tensor]:
+@dataclass(frozen=True)
+class Rows:
+    """What each image is to be compared with, sorted by orientation."""
+
+    slices: Slices
+    slice: Tensor  # (r,) number of a row's slice
+    image: Tensor  # (r,)
+    log_prior: Tensor  # (r,)
+
+
+def local_rows(step: Pass, particles: Particles, index: Tensor, only: int | None) -> Rows:
+    """The coarse orientations near the prior rotation of each particle; on a fixed grid its own rotation."""
+    engine, grid = step.engine, step.grid
+    if grid.rotations is not None:
+        image, o = torch.arange(len(index), device=engine.device), index.to(engine.device)
+        log = torch.zeros(len(index), dtype=torch.float64, device=engine.device)
+    else:
+        centre = particles.prior_rotation if particles.prior_rotation is not None else particles.rotation
+        near = neighbours(grid, centre[index], engine.relion_form)
+        image, o, log = near.image, near.orientation, near.log_prior
+    classes = torch.arange(step.model.classes, device=o.device) if only is None else torch.tensor([only], device=o.device)
+    k = len(classes)
+    o = o.repeat(k) + classes.repeat_interleave(len(o)) * grid.orientations
+    log = log.repeat(k) + step.log_direction[classes, 0].to(log).repeat_interleave(len(log))
+    unique, row_slice = torch.unique(o, return_inverse=True)
+    order = torch.argsort(row_slice, stable=True)
+    return Rows(Slices(unique), row_slice[order], image.repeat(k)[order], log[order].to(engine.dtype))
+
+
+def coarse_local(
+    step: Pass, group: Group, particles: Particles, index: Tensor, y: Tensor, q: Tensor, old: Tensor, only: int | None
+) -> tuple[Found, Tensor]:
     """Every coarse sample near each particle's prior rotation that may be significant, pass 1; also their orientation priors."""
-    grid, engine = step.grid, step.engine
+    engine, grid, p = step.engine, step.grid, len(group.coarse_phases)
     with step.clock("neighbours"):
-        near = neighbours(grid, prior, engine.relion_form)
-        k = step.model.classes
-        image, o = near.image.repeat(k), near.orientation.repeat(k) + torch.arange(k).repeat_interleave(len(near.image)) * grid.orientations
-        log = near.log_prior.repeat(k) + step.model.pdf_class.log().cpu().repeat_interleave(len(near.image))
-        unique, row_slice = torch.unique(o, return_inverse=True)
-        order = torch.argsort(row_slice, stable=True)
-        slices = Slices(unique)
-        row_slice, image, log = (t[order].to(engine.device) for t in (row_slice, image, log.to(engine.dtype)))
-    p = frame.coarse_inside(step.coarse_size)
-    phases = shift_phases(frame, grid.coarse_shifts(), p, engine)
+        rows = local_rows(step, particles, index, only)
     y, q = y[:, :p].contiguous(), q[:, :p].contiguous()
     best = torch.full((len(y),), -torch.inf, dtype=engine.dtype, device=y.device)
     found = []
-    for a, b, lo, hi in slices.chunks(row_slice, plan, grid):
+    for a, b, lo, hi, k in rows.slices.chunks(rows.slice, group.plan, grid):
+        image, klass = rows.image[lo:hi], torch.tensor(k, device=y.device)
         with step.clock("coarse slices"):
-            some = make_slices(step, slices, a, b, frame.coords[:p])[0]
+            some = make_slices(step, rows.slices, a, b, k, group.frame.coords[:p])[0]
         with step.clock("coarse products"):
-            value = compare(some, row_slice[lo:hi] - a, image[lo:hi], y, q, phases, cc=step.cc, implementation=engine.implementation)
+            value = compare(
+                some, rows.slice[lo:hi] - a, image, y, q, group.coarse_phases, cc=step.cc, implementation=engine.implementation
+            )
         with step.clock("thresholds"):
-            value += shift_log[image[lo:hi]]
-            value += log[lo:hi, None]
-            best.scatter_reduce_(0, image[lo:hi], value.amax(1), "amax")
-            row, t = torch.nonzero(value >= (best[image[lo:hi]] - DEPTH)[:, None], as_tuple=True)
-            found.append(Found(image[lo:hi][row], row + lo, t, value[row, t]))
+            if not step.cc:
+                prior = shift_prior(step, old[:, None], grid.shifts, centre_of(step, klass), group.frame.optics.pixel_size)
+                value += prior.to(value)[image]
+                value += rows.log_prior[lo:hi, None]
+            best.scatter_reduce_(0, image, value.amax(1), "amax")
+            row, t = torch.nonzero(value >= (best[image] - DEPTH)[:, None], as_tuple=True)
+            found.append(Found(image[row], row + lo, t, value[row, t]))
     near_best = _near_best(_join(found), len(y), step.cc)
     row = near_best.orientation
-    return Found(near_best.image, unique.to(row.device)[row_slice[row]], near_best.shift, near_best.value), log[row]
+    return Found(near_best.image, rows.slices.orientation[rows.slice[row]], near_best.shift, near_best.value), rows.log_prior[row]
 
 
 @dataclass(frozen=True)
@@ -217,27 +358,28 @@ class Fine:
     value: Tensor  # (n, C, c) score + priors
 
 
-def fine_pass(
-    step: Pass, frame: Frame, coarse: Found, log_orientation: Tensor, y: Tensor, q: Tensor, shift_log: Tensor, plan: Plan
-) -> Fine:
+def fine_pass(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, y: Tensor, q: Tensor, old: Tensor) -> Fine:
     """Pass 2: the children of significant coarse samples in the fine window."""
-    grid, engine, p = step.grid, step.engine, frame.inside
+    grid, engine = step.grid, step.engine
     with step.clock("thresholds"):
-        order = torch.argsort(coarse.image, stable=True)
-        order = order[torch.argsort(coarse.orientation[order], stable=True)]
+        order = torch.argsort(coarse.orientation * len(y) + coarse.image, stable=True)
         coarse, prior = coarse[order], log_orientation[order]
         distinct, orientation = torch.unique_consecutive(coarse.orientation, return_inverse=True)
-        slices = Slices(distinct.cpu().repeat_interleave(grid.children), torch.arange(grid.children).repeat(len(distinct)))
-        prior = prior + shift_log[coarse.image, coarse.shift]
-        phases = shift_phases(frame, grid.fine_shifts(), p, engine)
+        children = torch.arange(grid.children, device=distinct.device).repeat(len(distinct))
+        slices = Slices(distinct.repeat_interleave(grid.children), children)
+        if not step.cc:  # no priors in that mode (spec 2.8)
+            centre = centre_of(step, coarse.orientation // grid.orientations)
+            prior = prior + shift_prior(
+                step, old[coarse.image], grid.shifts[coarse.shift], centre, group.frame.optics.pixel_size
+            ).to(prior)
         sizes = (grid.children, grid.shift_children)
         value = torch.empty(len(prior), *sizes, dtype=engine.dtype, device=prior.device)
-    for a, b, lo, hi in slices.chunks(orientation, plan, grid, unit=grid.children):
+    for a, b, lo, hi, k in slices.chunks(orientation, group.plan, grid, unit=grid.children):
         with step.clock("fine slices"):
-            some = make_slices(step, slices, a, b, frame.coords)[0]
+            some = make_slices(step, slices, a, b, k, group.frame.coords)[0]
         with step.clock("fine products"):
             value[lo:hi] = score(
-                some, orientation[lo:hi] - a // grid.children, coarse.image[lo:hi], coarse.shift[lo:hi], prior[lo:hi], y, q, phases,
-                children=sizes, cc=step.cc, implementation=engine.implementation,
+                some, orientation[lo:hi] - a // grid.children, coarse.image[lo:hi], coarse.shift[lo:hi], prior[lo:hi], y, q,
+                group.fine_phases, children=sizes, cc=step.cc, implementation=engine.implementation,
             )  # fmt: skip
     return Fine(slices, orientation, coarse.image, coarse.shift, value)

@@ -28,6 +28,8 @@ class Engine:
     correct_norm: bool = True
     correct_scale: bool = True
     ctf_mode: str = "normal"
+    residual: bool = False  # back-project X − s c P V, not X (gradient methods, spec 5.2)
+    subpixel: bool = False  # move the images by the whole old shift, its fraction too (nothing is searched around it)
     relion_form: bool = False  # RELION 5's own offset prior, local prior and fine window: for tests of parity (CONVENTIONS.md)
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -178,15 +180,21 @@ def make_windows(images: Tensor, particles: Particles, index: Tensor, frame: Fra
     s = model.scales[particles.micrograph[index]].clamp(min=0.001).to(c)[:, None] if engine.correct_scale else c.new_ones(len(index), 1)
     gain = s * c * (c if optics.ctf_premultiplied else 1)
     shells = torch.bincount(p.shell.cpu(), minlength=p.size // 2 + 1).tolist()
+    unmasked, moved = plain.reshape(len(index), -1)[:, p.index[: frame.inside]], shift * optics.pixel_size
+    if engine.subpixel:
+        rest = (particles.shift[index] - moved).to(frame.k)
+        turn = torch.polar(torch.ones_like(rest[:, :1] * frame.k[:, 0]), -2 * math.pi * rest @ frame.k.T).to(engine.complex)
+        window = window[:, : frame.inside] * turn
+        unmasked, moved = unmasked * turn, particles.shift[index]
     return Windows(
         masked=window[:, : frame.inside].contiguous(),
-        unmasked=plain.reshape(len(index), -1)[:, p.index[: frame.inside]],
+        unmasked=unmasked,
         gain=gain * frame.amplitude,
         data_gain=(s.expand_as(c) if optics.ctf_premultiplied else s * c) * frame.amplitude,
         weight_gain=(s * c * frame.amplitude) ** 2,
         power=shell_power(flat[:, frame.full_index], frame.full_lengths),
-        window_power=shell_power(window, shells),
-        pre_shift=shift * optics.pixel_size,
+        window_power=shell_power(flat[:, p.index], shells),
+        pre_shift=moved,
         pre_shift_px=shift,
     )
 
@@ -194,4 +202,6 @@ def make_windows(images: Tensor, particles: Particles, index: Tensor, frame: Fra
 def shell_power(values: Tensor, lengths: list[int]) -> Tensor:
     """(b, shells) float64 Σ|X|² of (b, p) complex values whose pixels are sorted by shell, `lengths` pixels each."""
     power = torch.view_as_real(values).square().sum(-1)
-    return torch.stack([part.sum(-1, dtype=torch.float64) for part in power.split(lengths, dim=1)], -1)
+    ends = torch.tensor(lengths).cumsum(0)
+    before = power.cumsum(1, dtype=torch.float64)[:, (ends - 1).clamp(min=0).to(power.device)]
+    return torch.diff(torch.where(ends.to(power.device) > 0, before, 0), dim=1, prepend=before.new_zeros(len(before), 1))
