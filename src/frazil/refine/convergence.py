@@ -28,6 +28,8 @@ class Progress:
     change_shift: float = 999.0  # Å
     smallest_rotation: float = 999.0
     smallest_shift: float = 999.0
+    change_class: float = 0.0  # fraction of particles that went to another class
+    smallest_class: float = 999.0
     accuracy_rotation: float = 999.0  # degrees
     accuracy_shift: float = 999.0  # Å
     fine_enough: bool = False
@@ -93,15 +95,24 @@ def changes(old_rotation: Tensor, new_rotation: Tensor, old_shift: Tensor, new_s
     return rotation, shift
 
 
-def after_changes(progress: Progress, rotation: float, shift: float, sampling: Sampling) -> Progress:
-    """Counts iterations in which poses hardly moved, keeps the smallest changes seen at this sampling (4.5)."""
+def after_classification(progress: Progress, shell: int, side: float) -> Progress:
+    """The resolution shell of the best class and the count of iterations without a better one; side: of the box, Å (3.9)."""
+    gained = shell / side > progress.shell / side + 1e-4
+    return replace(progress, shell=shell, no_gain=0 if gained else progress.no_gain + 1)
+
+
+def after_changes(progress: Progress, rotation: float, shift: float, sampling: Sampling, klass: float = 0.0) -> Progress:
+    """Counts iterations in which poses and classes hardly changed, keeps the smallest changes seen at this sampling (4.5)."""
     steady_shift = shift / sampling.fine_offset_step < 0.40 or 1.03 * shift >= progress.smallest_shift
     steady_rotation = rotation / sampling.step < 0.40 or 1.03 * rotation >= progress.smallest_rotation
+    steady_class = klass == 0 or 1.03 * klass >= progress.smallest_class
     return replace(
         progress,
-        no_change=progress.no_change + 1 if steady_shift and steady_rotation else 0,
+        no_change=progress.no_change + 1 if steady_shift and steady_rotation and steady_class else 0,
         change_rotation=rotation,
         change_shift=shift,
+        change_class=klass,
+        smallest_class=min(progress.smallest_class, float(round_half_away(klass))),
         smallest_rotation=min(progress.smallest_rotation, rotation),
         smallest_shift=min(progress.smallest_shift, shift),
     )

@@ -1,0 +1,103 @@
+"""The M-step of K maps without half sets: signal power, data against prior; models whose classes empty (spec/refinement 3.3a, 3.8).
+
+    τ²_k(r) = ½ mean |V_k|²  of the reference the E-step used        SSNR_k(r) = mean κ T τ²_k W_k
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from frazil.maths.fourier import padded_ft
+from frazil.maths.gridding import sinc2
+from frazil.refine.maximization import MIN_SHELL, map_variance, prepare_sums_, reconstruct, shell_means
+from frazil.refine.model import Model, Statistics
+from frazil.refine.windows import Engine
+
+BY_CLASS = ("maps", "pdf_class", "pdf_direction", "tau2", "data_vs_prior", "sigma2_map", "coverage", "prior_offset")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the sums of an E-step give, class by class."""
+
+    maps: Tensor  # (K, N, N, N) or (K, N, N), regularised, not masked
+    data_vs_prior: Tensor  # (K, N/2+1) float64
+    sigma2_map: Tensor  # (K, N/2+1) float64
+    coverage: Tensor  # (K, N/2+1) float64
+
+
+def reference_power(maps: Tensor, size: int, engine: Engine) -> Tensor:
+    """(K, N/2+1) float64 signal variance τ² of maps (K, N, N, N), up to the window `size`, as the E-step sees them (spec 3.3a)."""
+    box = maps.shape[-1]
+    correction = sinc2(box, engine.pad, device=engine.device, dtype=engine.dtype)
+    out = []
+    for volume in maps:
+        ft = padded_ft(volume.to(correction) / correction, engine.pad, size // 2)
+        out.append(0.5 * shell_means(ft.real.square() + ft.imag.square(), engine.pad, box // 2 + 1))
+    return torch.stack(out)
+
+
+def first_data_vs_prior(tau2: Tensor, sigma2: Tensor, particles: Tensor) -> Tensor:
+    """(K, N/2+1) SSNR to expect of `particles` (K,) images with noise σ²: N τ²/(2 r σ̄²), 0 at r = 0 (spec 3.3)."""
+    r = torch.arange(tau2.shape[-1], dtype=torch.float64)
+    return torch.where(r > 0, particles[:, None] * tau2 / (2 * r.clamp(min=1) * sigma2.mean()), 0)
+
+
+def reconstruct_classes(statistics: Statistics, tau2: Tensor, group: str, box: int, engine: Engine, place: str) -> Reconstruction:
+    """Maps of all classes from their sums and T·τ² (K, N/2+1), one class in work at a time, the maps on the device `place`.
+
+    A class without weight becomes a map of zeros.
+    """
+    k, pad = len(tau2), engine.pad
+    maps = torch.zeros(k, box, box, box, dtype=engine.dtype, device=place)
+    spectra = torch.zeros(3, k, box // 2 + 1, dtype=torch.float64)
+    for i in range(k):
+        data, weight = prepare_sums_(statistics.data[i], statistics.weight[i], group, engine.implementation)
+        spectra[0, i] = data_vs_prior(weight, tau2[i], pad)
+        spectra[1, i] = map_variance(weight, pad, box)
+        if bool(spectra[1, i].max() > 0):
+            density, spectra[2, i] = reconstruct(data, weight, tau2[i], pad, box, engine.dtype)
+            maps[i] = density.to(place)
+    return Reconstruction(maps, *spectra)
+
+
+def data_vs_prior(weight: Tensor, tau2: Tensor, pad: float) -> Tensor:
+    """(N/2+1,) SSNR mean(κ T τ² W) of a half volume's weights; tau2 holds T·τ² (spec 3.3a)."""
+    return shell_means(weight, pad, len(tau2)) * pad**3 * tau2
+
+
+def class_shells(ssnr: Tensor) -> Tensor:
+    """(K,) int64 resolution shell of each class: the one before the first with SSNR < 1, at least 5 (spec 3.9)."""
+    below = ssnr[:, 1:] < 1
+    first = torch.where(below.any(1), below.int().argmax(1), ssnr.shape[1] - 1)
+    return first.clamp(min=MIN_SHELL)
+
+
+def classes_of(model: Model, index: Tensor) -> Model:
+    """The model with only some of its classes (k,); their priors are scaled to sum to 1."""
+    if len(index) == model.classes:
+        return model
+    some = {name: getattr(model, name)[index] for name in BY_CLASS if getattr(model, name, None) is not None}
+    total = some["pdf_class"].sum()
+    return replace(model, **{**some, "pdf_class": some["pdf_class"] / total, "pdf_direction": some["pdf_direction"] / total})
+
+
+def spread(model: Model, index: Tensor, classes: int) -> Model:
+    """The model of `classes` classes of which `index` are those given and the others empty: maps, spectra and priors 0."""
+    if len(index) == classes:
+        return model
+    out = {}
+    for name in BY_CLASS:
+        if (value := getattr(model, name, None)) is not None:
+            out[name] = value.new_zeros(classes, *value.shape[1:])
+            out[name][index] = value
+    return replace(model, **out)
+
+
+def copied(model: Model, classes: int) -> Model:
+    """The model of one class as so many equal ones, each with its part of the prior (spec 2.3)."""
+    out = {name: value.expand(classes, *value.shape[1:]) for name in BY_CLASS if (value := getattr(model, name, None)) is not None}
+    return replace(model, **{**out, "pdf_class": out["pdf_class"] / classes, "pdf_direction": out["pdf_direction"] / classes})

@@ -1,0 +1,353 @@
+"""Classification by expectation and maximisation: the loop that 2D and 3D classes share (spec/refinement 2, 3.3a, 3.6, 3.8, 3.9, 4.2).
+
+`classify` yields a frozen ClassifyState an iteration; anything can be resumed from any of them. There are no half sets: τ² comes from
+the power of the map before. What depends on the dimension of the references is a `Form` (steps/class3d.py, steps/class2d.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from frazil.data import Images, Particles
+from frazil.maths.filters import lowpass_map, lowpass_weights
+from frazil.maths.fourier import resolution_shell
+from frazil.maths.symmetry import operators
+from frazil.refine.accuracy import expected_accuracy
+from frazil.refine.classes import Reconstruction, class_shells, classes_of, copied, first_data_vs_prior, spread
+from frazil.refine.convergence import (
+    Progress,
+    after_changes,
+    after_classification,
+    changes,
+    coarse_window,
+    window_size,
+)
+from frazil.refine.expectation import expectation
+from frazil.refine.initial import initial_noise
+from frazil.refine.maximization import update_parameters
+from frazil.refine.model import Model, Poses, Statistics
+from frazil.refine.parallel import World, with_less_memory
+from frazil.refine.sampling import Sampling, fixed_grid, make_grid
+from frazil.refine.timing import Clock
+from frazil.refine.windows import Engine
+
+UNKNOWN = 999.0  # an accuracy that was not estimated
+LEAST_SHARE = 0.01  # accuracies are estimated for classes with at least this share of the particles (spec 4.4)
+
+
+def setting(default: Any, text: str, unit: str = "", level: str = "expert", **limits: Any) -> Any:
+    """A field of the parameters of a step."""
+    return Field(default, description=text, json_schema_extra={"unit": unit, "level": level}, **limits)
+
+
+class ClassifyParams(BaseModel):
+    """What 2D and 3D classification have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    classes: int = setting(1, "number of classes", level="basic", ge=1)
+    tau_fudge: float = setting(4.0, "factor on the signal prior: larger trusts the data more and finer detail sooner", level="basic", gt=0)
+    diameter: float = setting(-1.0, "diameter of the circular mask on the particles; -1: the box less the mask's edge", "Å", "basic")
+    initial_lowpass: float = setting(60.0, "low-pass filter of the references before the first iteration", "Å", "basic", gt=0)
+    offset_range: float = setting(5.0, "range of the shift search", "px", gt=0)
+    offset_step: float = setting(2.0, "coarse step of the shift search", "px", gt=0)
+    oversampling: int = setting(1, "times the coarse grid is halved in the fine pass", ge=1, le=3)
+    firstiter_cc: bool = setting(True, "first iteration by cross-correlation: the references need not be on the particles' grey scale")
+    zero_mask: bool = setting(True, "fill the particles outside the mask with zeros, not with noise")
+    flatten_solvent: bool = setting(True, "mask the references between iterations: given mask, or a sphere (circle) of the diameter")
+    pad: float = setting(2.0, "padding of Fourier volumes", ge=1, le=4)
+    mask_edge: float = setting(5.0, "width of soft mask edges", "px", ge=0)
+    perturb: float = setting(0.5, "random perturbation of the sampling each iteration, in coarse steps; 0: none", ge=0, le=1)
+    sigma_offset: float = setting(10.0, "first standard deviation of the shifts", "Å", gt=0)
+    adaptive_fraction: float = setting(0.999, "posterior mass of the coarse samples that go to the fine pass", gt=0, le=1)
+    max_significant: int = setting(-1, "most coarse samples a particle may take to the fine pass; -1: no limit")
+    norm: bool = setting(True, "estimate a norm correction for every particle")
+    scale: bool = setting(True, "estimate a scale for every micrograph")
+    ctf_intact_first_peak: bool = setting(False, "leave the CTF 1 before its first peak")
+    skip_align: bool = setting(False, "keep orientations and shifts, find classes only")
+    skip_rotate: bool = setting(False, "keep orientations, search shifts and classes")
+    strict_highres: float | None = setting(None, "finest resolution the images are compared at; none: as far as the maps go", "Å", gt=0)
+    reseed_below: float = setting(
+        0.0, "a class with less than this part of particles / classes starts anew from half of the largest one; 0: never", ge=0, lt=1
+    )
+    iterations: int = setting(25, "iterations", level="basic", ge=1)
+
+    def sampling(self, pixel_size: float) -> Sampling:
+        """The search grid the run starts with."""
+        raise NotImplementedError
+
+    def next_sampling(self, progress: Progress, box: int, pixel_size: float) -> Sampling:
+        """The search grid of the next iteration (without the perturbation); by default always the first."""
+        return self.sampling(pixel_size)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What depends on the dimension of the references. `power` and `reconstruct` take and give all classes at once."""
+
+    power: Callable[[Tensor, int, Engine], Tensor]  # (maps, n_c, engine) → (K, N/2+1) τ², spec 3.3a
+    reconstruct: Callable[[ClassifyJob, Model, Statistics, Tensor], Reconstruction]  # (job, model, sums (used up), T·τ²)
+    finish: Callable[[ClassifyJob, Tensor, float], Tensor]  # (job, maps, pixel size) → centred and solvent-flattened maps
+    dims: int = 3
+    keep_safe: float = 1.2  # of the coarse window (spec 2.3): 1.5 in 2D
+    accuracy_particles: int = 100  # 10 in 2D
+    keep_unmasked: bool = False  # keep the maps before `finish` in the state
+
+
+@dataclass(frozen=True)
+class ClassifyJob:
+    """What does not change during a classification."""
+
+    images: Images
+    params: ClassifyParams
+    engine: Engine
+    form: Form
+    mask: Tensor | None = None  # solvent mask (N, N, N) in [0, 1]
+    mask2: Tensor | None = None  # its region is set to its own mean
+    mask_lowpass: Tensor | None = None  # its region stays, low-passed to params.mask_lowpass_resolution
+    tick: Callable[[int], None] = lambda done: None  # particles done in this iteration; may raise to stop
+    world: World = field(default_factory=World)  # the processes that share the particles
+
+
+@dataclass(frozen=True)
+class ClassifyState:
+    """Everything there is after an iteration (iteration 0: before the first)."""
+
+    progress: Progress
+    sampling: Sampling
+    model: Model
+    particles: Particles
+    poses: Poses
+    accuracy: Tensor  # (K, 2) float64 expected error of rotation (degrees) and shift (Å) of each class; 999: not known
+    assigned: Tensor | None = None  # (n,) int64 the class each particle must take in the next likelihood iteration, -1: any; None: any
+    emptied: tuple[int, ...] = ()  # classes that lost their last particle, or were seeded anew, in this iteration
+    unmasked: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def make_engine(
+    params: ClassifyParams, *, device: str = "cpu", dtype: torch.dtype = torch.float32, budget: int = 4 << 30, **more: Any
+) -> Engine:
+    """Engine settings of a classification."""
+    return Engine(
+        diameter=params.diameter, mask_edge=params.mask_edge, zero_mask=params.zero_mask, pad=params.pad, fraction=params.adaptive_fraction,
+        max_significant=params.max_significant, correct_norm=params.norm, correct_scale=params.scale,
+        ctf_mode="intact_first_peak" if params.ctf_intact_first_peak else "normal", device=device, dtype=dtype, budget=budget, **more,
+    )  # fmt: skip
+
+
+def initial_state(job: ClassifyJob, particles: Particles, references: Tensor, pixel_size: float) -> ClassifyState:
+    """Iteration 0 from K references (K, N, …), or from one for all classes, which are then seeded at random (spec 2.3)."""
+    p, engine, n = job.params, job.engine, references.shape[-1]
+    maps = lowpass_map(references.to(device=engine.device, dtype=engine.dtype), pixel_size, p.initial_lowpass, dims=job.form.dims)
+    assigned = None
+    if len(maps) < p.classes:
+        generator = torch.Generator().manual_seed(engine.seed)
+        assigned = torch.randint(p.classes, (len(particles),), generator=generator)
+        maps = maps[:1].expand(p.classes, *maps.shape[1:])
+    sampling = p.sampling(pixel_size)
+    noise = initial_noise(job.images, particles, (n, pixel_size), engine)
+    shell = resolution_shell(n, pixel_size, p.initial_lowpass)
+    tau2 = job.form.power(maps, min(n, 2 * (shell + 10)), engine)
+    pdf = torch.full((p.classes,), 1 / p.classes, dtype=torch.float64)
+    zero = torch.zeros_like(tau2)
+    directions = make_grid(sampling).directions if not keeps_orientations(p) else 1
+    model = Model(
+        maps=maps, pixel_size=pixel_size, sigma2=noise, scales=torch.ones(len(particles.micrographs), dtype=torch.float64),
+        norm_average=float(particles.norm.mean()), sigma_offset=p.sigma_offset, pdf_class=pdf,
+        pdf_direction=pdf[:, None].expand(-1, directions) / directions, tau2=tau2,
+        data_vs_prior=first_data_vs_prior(tau2, noise[int(particles.group.min())], len(particles) * pdf), fsc=zero[0], sigma2_map=zero,
+        coverage=zero,
+    )  # fmt: skip
+    poses = replace(
+        Poses.empty(len(particles)), rotation=particles.rotation, shift=particles.shift, norm=particles.norm,
+        klass=(particles.klass - 1).clamp(min=0),
+    )  # fmt: skip
+    unknown = torch.full((p.classes, 2), UNKNOWN, dtype=torch.float64)
+    return ClassifyState(Progress(iteration=0, shell=shell), sampling, model, particles, poses, unknown, assigned)
+
+
+def keeps_orientations(params: ClassifyParams) -> bool:
+    """Whether no orientation is searched."""
+    return params.skip_align or params.skip_rotate
+
+
+def classify(job: ClassifyJob, start: ClassifyState) -> Iterator[ClassifyState]:
+    """States after each iteration, up to params.iterations."""
+    state = start
+    while state.progress.iteration < job.params.iterations:
+        state = iterate(job, state)
+        yield state
+
+
+def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
+    """One iteration of spec 4.1."""
+    p, model = job.params, state.model
+    iteration = state.progress.iteration + 1
+    cc = iteration == 1 and p.firstiter_cc
+    generator = torch.Generator().manual_seed(job.engine.seed + iteration)
+    size = window_size(state.progress, model.box)
+    accuracy = accuracies(job, state, size, generator, cc)
+    best = accuracy.amin(0).tolist()
+    progress = replace(state.progress, iteration=iteration, accuracy_rotation=best[0], accuracy_shift=best[1])
+    sampling = replace(p.next_sampling(progress, model.box, model.pixel_size), instance=state.sampling.instance)
+    if not p.skip_align:
+        sampling = sampling.perturbed(generator)
+    model = with_directions(model, sampling, p)
+    progress = replace(progress, size=size, coarse_size=coarse_size(job, sampling, model, size))
+    # One reference for all classes: a cross-correlation iteration makes one map of all particles, which is copied (spec 2.3).
+    seeds = cc and state.assigned is not None
+    live = torch.tensor([0]) if seeds else torch.nonzero(model.pdf_class > 0)[:, 0]
+    before = replace(state, progress=progress, sampling=sampling, model=classes_of(model, live), accuracy=accuracy)
+    statistics, poses, seconds = expect(job, before, None if cc else at_live_classes(state.assigned, live, model.classes), cc)
+    poses = replace(poses, klass=live[poses.klass])
+    moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(sampling.group))
+    progress = after_changes(progress, *moved, sampling, float((poses.klass != state.poses.klass).double().mean()))
+    particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
+    after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None)
+    clock = Clock(job.engine.device)
+    with clock("M-step"):
+        after = maximize(job, after, statistics, cc)
+        full = copied(after.model, model.classes) if seeds else spread(after.model, live, model.classes)
+        after = reseeded(job, replace(after, model=job.world.agree(full)), model.pdf_class, generator)
+    return replace(after, seconds=seconds | clock.seconds)
+
+
+def accuracies(job: ClassifyJob, state: ClassifyState, size: int, generator: torch.Generator, cc: bool) -> Tensor:
+    """(K, 2) expected errors (degrees, Å) of the larger classes from some random particles at their present poses; 999: not known."""
+    out = torch.full((state.model.classes, 2), UNKNOWN, dtype=torch.float64)
+    if cc or state.progress.iteration == 0 or job.params.skip_align:
+        return out
+    some = state.particles[torch.randperm(len(state.particles), generator=generator)[: job.form.accuracy_particles]]
+    if job.params.strict_highres:
+        size = min(size, strict_size(job.params.strict_highres, state.model))
+    for k in torch.nonzero(state.model.pdf_class >= LEAST_SHARE)[:, 0].tolist():
+        alone = classes_of(state.model, torch.tensor([k]))
+        out[k] = torch.tensor(expected_accuracy(some, alone, 0, job.engine, size, generator))
+    return out
+
+
+def strict_size(resolution: float, model: Model) -> int:
+    """Side of the window whose edge is at a resolution in Å (spec 2.6, --strict_highres_exp)."""
+    return 2 * max(1, resolution_shell(model.box, model.pixel_size, resolution))
+
+
+def coarse_size(job: ClassifyJob, sampling: Sampling, model: Model, size: int) -> int:
+    """n_0: side of the window of the coarse pass (of both passes with strict_highres)."""
+    p = job.params
+    if p.strict_highres:
+        return min(size, strict_size(p.strict_highres, model))
+    if p.skip_align:
+        return size
+    return coarse_window(sampling, model.box, model.pixel_size, p.diameter, size, job.form.keep_safe)
+
+
+def with_directions(model: Model, sampling: Sampling, params: ClassifyParams) -> Model:
+    """The model with a direction prior for this sampling: its own, or a flat one where the directions are others."""
+    n = 1 if keeps_orientations(params) else make_grid(sampling).directions
+    if model.pdf_direction.shape[1] == n:
+        return model
+    return replace(model, pdf_direction=model.pdf_class[:, None].expand(-1, n) / n)
+
+
+def at_live_classes(assigned: Tensor | None, live: Tensor, classes: int) -> Tensor | None:
+    """Assigned classes as numbers among the live ones; -1 (any) for those that live no more."""
+    if assigned is None:
+        return None
+    place = torch.full((classes + 1,), -1, dtype=torch.int64)
+    place[live] = torch.arange(len(live))
+    return place[assigned]  # -1 takes the last entry, which is -1
+
+
+class _Share:
+    """The images of one process's particles, by their number among them."""
+
+    def __init__(self, images: Images, mine: Tensor) -> None:
+        self._images, self._mine = images, mine
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self._images[self._mine[index]]
+
+
+def expect(
+    job: ClassifyJob, state: ClassifyState, assigned: Tensor | None, cc: bool
+) -> tuple[Statistics, Poses, dict[str, float]]:
+    """E-step of all particles with the state's model, sampling and sizes, shared out among the processes."""
+    p, world, progress, n = job.params, job.world, state.progress, len(state.particles)
+    mine = world.share(n)
+    particles = state.particles[mine]
+    if keeps_orientations(p):
+        grid = fixed_grid(particles.rotation, None if p.skip_align else state.sampling)
+    else:
+        grid = make_grid(state.sampling)
+
+    def work(engine: Engine) -> tuple[Statistics, Poses, dict[str, float]]:
+        return expectation(
+            job.images if world.size == 1 else _Share(job.images, mine), particles, state.model, grid, engine,
+            (progress.size, progress.coarse_size), cc=cc, tick=lambda done: job.tick(done * world.size),
+            assigned=None if assigned is None else assigned[mine],
+        )  # fmt: skip
+
+    statistics, poses, seconds = with_less_memory(job.engine, work)
+    return world.total(statistics), world.gather(poses, n), seconds
+
+
+def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc: bool) -> ClassifyState:
+    """The M-step: parameters, maps and spectra of the state's classes (spec 3.6); `statistics` are used up."""
+    p, model, progress = job.params, state.model, state.progress
+    box, pixel_size = model.box, model.pixel_size
+    particles = state.particles
+    per_micrograph = torch.bincount(particles.micrograph, minlength=len(particles.micrographs)).double()
+    boxes = [o.box for o in particles.optics]
+    updated = update_parameters(model, statistics, boxes, per_micrograph, cc=cc, norm=p.norm, scale=p.scale)
+    tau2 = job.form.power(model.maps, progress.size, job.engine)
+    made = job.form.reconstruct(job, model, statistics, p.tau_fudge * tau2)
+    maps, ssnr = made.maps, made.data_vs_prior
+    if cc:
+        maps = lowpass_map(maps, pixel_size, p.initial_lowpass, dims=job.form.dims)
+        keep = lowpass_weights(torch.arange(box // 2 + 1, dtype=torch.float64), box, pixel_size, p.initial_lowpass).square()
+        tau2, ssnr = tau2 * keep, ssnr * keep
+    updated = replace(
+        updated, maps=job.form.finish(job, maps, pixel_size), tau2=tau2, data_vs_prior=ssnr, sigma2_map=made.sigma2_map,
+        coverage=made.coverage,
+    )  # fmt: skip
+    shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else int(class_shells(ssnr).max())
+    progress = after_classification(replace(progress, ave_pmax=updated.ave_pmax), shell, box * pixel_size)
+    return replace(state, progress=progress, model=updated, unmasked=maps if job.form.keep_unmasked else None)
+
+
+def reseeded(job: ClassifyJob, state: ClassifyState, share_before: Tensor, generator: torch.Generator) -> ClassifyState:
+    """The state with its new empty classes named; with reseed_below, classes that are too small start anew from half of the largest.
+
+    The largest class's map is copied and its particles are split between the two at random for one iteration: two equal maps would
+    stay equal for ever.
+    """
+    p, model = job.params, state.model
+    share = model.pdf_class.clone()
+    if p.reseed_below == 0 or state.progress.iteration == p.iterations or model.classes == 1:
+        return replace(state, emptied=tuple(torch.nonzero((share == 0) & (share_before > 0))[:, 0].tolist()))
+    poor = torch.nonzero(share < p.reseed_below / model.classes)[:, 0].tolist()
+    source = torch.arange(model.classes)
+    klass, assigned = state.poses.klass.clone(), torch.full((len(state.particles),), -1, dtype=torch.int64)
+    for k in poor:
+        donor = int(share.argmax())
+        source[k] = source[donor]
+        share[k] = share[donor] = share[donor] / 2
+        mine = torch.nonzero(klass == donor)[:, 0]
+        moved = mine[torch.rand(len(mine), generator=generator) < 0.5]
+        klass[moved] = k
+        assigned[mine], assigned[moved] = donor, k
+    if not poor:
+        return state
+    model = classes_of(model, source) if len(poor) else model
+    flat = model.pdf_direction / model.pdf_direction.sum(1, keepdim=True).clamp(min=1e-300)
+    share = share / share.sum()
+    return replace(
+        state, model=replace(model, pdf_class=share, pdf_direction=share[:, None] * flat), assigned=assigned, emptied=tuple(poor)
+    )
