@@ -8,6 +8,7 @@ x ≥ 0, zero for |p| > M − 1. That is what ops.project and ops.insert work on
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -140,10 +141,13 @@ def transform_axis(data: Tensor, dim: int, transform: Callable[[Tensor], Tensor]
 def padded_ft(volume: Tensor, pad: float, r_max: int) -> Tensor:
     """Half volume (see module docstring) of a map (N, N, N) zero-padded P times, up to shell r_max.
 
-    Each axis is transformed on its own and cropped at once, so that a low r_max costs little and nothing of side P·N cubed is held.
+    Each axis is transformed on its own and cropped at once, so that a low r_max costs little and nothing of side P·N cubed is held:
+    by FFTs of the padded axis on a CPU, as a product with the few waves that are wanted on a GPU, where that is faster at any size.
     """
     n = volume.shape[-1]
     big, m = round_half_away(pad * n), half_volume_radius(pad, r_max)
+    if volume.is_cuda:
+        return _inside_sphere_(_padded_by_products(volume / n**2, big, m))
     take = torch.arange(-m, m + 1, device=volume.device) % big
     # Beyond Nyquist of the padded grid (only the border at full size) any value will do: the sphere below removes it.
     take_x = torch.arange(0, m + 1, device=volume.device).clamp(max=big // 2)
@@ -162,15 +166,56 @@ def padded_ft(volume: Tensor, pad: float, r_max: int) -> Tensor:
     ft = volume / n**2
     for dim in (2, 1, 0):
         ft = transform_axis(ft, dim, lambda part, d=dim: along(part, d))
-    for part, radius in slabs(m, volume.device):
-        ft[part] *= radius <= m - 1
-    return ft
+    return _inside_sphere_(ft)
+
+
+def _inside_sphere_(half: Tensor) -> Tensor:
+    """A half volume with zeros where |p| > M − 1, in place."""
+    m = half.shape[-1] - 1
+    for part, radius in slabs(m, half.device):
+        half[part] *= radius <= m - 1
+    return half
+
+
+def _waves(frequencies: Tensor, box: int, big: int, like: Tensor) -> Tensor:
+    """(box, k) complex exp(−2πi p (x − N/2)/(P N)), computed in double precision."""
+    position = torch.arange(box, dtype=torch.float64, device=like.device) - box // 2
+    angle = -2 * math.pi / big * position[:, None] * frequencies.to(position)
+    return torch.polar(torch.ones_like(angle), angle).to(like.dtype if like.is_complex() else (like[:0] + 0j).dtype)
+
+
+def _padded_by_products(volume: Tensor, big: int, m: int) -> Tensor:
+    """(2M+1, 2M+1, M+1) transform of (N, N, N) as three products with waves, the axis in work last."""
+    n = volume.shape[-1]
+    both, positive = torch.arange(-m, m + 1, device=volume.device), torch.arange(m + 1, device=volume.device)
+    right = torch.view_as_real(_waves(positive, n, big, volume)).reshape(n, -1).to(volume.dtype)  # (x, [re, im] of each kx)
+    ft = torch.view_as_complex((volume.reshape(n * n, n) @ right).view(n, n, m + 1, 2))  # (z, y, kx)
+    wave = _waves(both, n, big, ft)
+    ft = ft.transpose(1, 2) @ wave  # (z, kx, ky)
+    ft = wave.T @ ft.reshape(n, -1)  # (kz, kx·ky)
+    return ft.view(2 * m + 1, m + 1, 2 * m + 1).transpose(1, 2).contiguous()
+
+
+def _cropped_by_products(half: Tensor, big: int, box: int) -> Tensor:
+    """(N, N, N) inverse of `_padded_by_products`: ±P N/2 are one frequency of the padded grid, what is beyond counts for nothing."""
+    m = half.shape[-1] - 1
+    both, positive = torch.arange(-m, m + 1, device=half.device), torch.arange(m + 1, device=half.device)
+    share = torch.where(2 * both.abs() < big, 1.0, torch.where(2 * both.abs() == big, 0.5, 0.0)).to(half.real.dtype)
+    wave = _waves(both, box, big, half).conj() * share  # (z, kz)
+    part = (wave @ half.reshape(2 * m + 1, -1)).view(box, 2 * m + 1, m + 1).transpose(1, 2)  # (z, kx, ky)
+    part = (part @ wave.T).transpose(1, 2)  # (z, y, kx)
+    twice = torch.where(2 * positive < big, 2.0, torch.where(2 * positive == big, 1.0, 0.0)).to(half.real.dtype)
+    twice[0] = 1.0
+    right = torch.view_as_real(_waves(positive, box, big, half) * twice).permute(1, 2, 0).reshape(-1, box)  # Re(f conj(w)) = re·re + im·im
+    return (torch.view_as_real(part.contiguous()).reshape(box * box, -1) @ right).view(box, box, box)
 
 
 def map_from_half_volume(half: Tensor, pad: float, box: int) -> Tensor:
     """(N, N, N) map of a half volume: inverse of padded_ft, cropped to the box. Axis by axis, cropping at once."""
     m = half.shape[-1] - 1
     big = round_half_away(pad * box)
+    if half.is_cuda:
+        return _cropped_by_products(half, big, box) * (box**2 / big**3)
     keep = torch.arange(-(box // 2), box - box // 2, device=half.device) % big
     reach = min(m, (big - 1) // 2)
     width = big // 2 + 1

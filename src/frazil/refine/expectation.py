@@ -93,7 +93,6 @@ def expectation(
     cc: bool = False,
     assigned: Tensor | None = None,
     tick: Callable[[int], None] = lambda done: None,
-    clock: Clock | None = None,
 ) -> tuple[Statistics, Poses, dict[str, float]]:
     """One E-step over all of `particles` (one half set, or all).
 
@@ -102,7 +101,7 @@ def expectation(
     with the number of particles done after every batch and may raise to stop.
     Returns the sums, the poses in the order of `particles`, and seconds by phase.
     """
-    clock = clock or Clock(engine.device)
+    clock = Clock(engine.device, engine.timed)
     step = make_pass(model, grid, engine, sizes, cc, clock)
     poses = Poses.empty(len(particles))
     sums: Sums | None = None
@@ -129,12 +128,12 @@ def expectation(
 
 
 def batches(members: Tensor, assigned: Tensor | None, most: int) -> Iterator[tuple[Tensor, int | None]]:
-    """(indices, the only class they may belong to or None) of at most so many particles."""
+    """(indices, the only class they may belong to or None) of at most so many particles; assigned −1: any class."""
     if assigned is None:
         yield from ((index, None) for index in members.split(most))
         return
     for k in assigned[members].unique().tolist():
-        yield from ((index, k) for index in members[assigned[members] == k].split(most))
+        yield from ((index, None if k < 0 else k) for index in members[assigned[members] == k].split(most))
 
 
 def shape_of(step: Pass, frame: Frame) -> Shape:
@@ -262,26 +261,31 @@ def add_samples(step: Pass, group: Group, fine: Fine, gamma: Tensor, batch: Batc
     engine, w, frame, phases = step.engine, batch.windows, group.frame, group.fine_phases
     shell, n_shells = frame.pixels.shell[: frame.inside], frame.pixels.size // 2 + 1
     arrays = (w.masked * w.gain, w.gain.square(), w.unmasked * (w.data_gain * group.inverse), w.weight_gain * group.inverse)
+    measuring = scale_pixels(step, frame)
     slices, row_slice, row_image, weights = weighted_rows(fine, gamma, len(batch), phases.shape[1])
     per_image = torch.zeros(len(batch), 4, dtype=torch.float64, device=gamma.device)
-    for a, b, lo, hi, k in slices.chunks(row_slice, group.plan, step.grid):
-        some, rotations = make_slices(step, slices, a, b, k, frame.coords)
+    one = len(step.volumes) == 1
+    into = (sums.data[0], sums.weight[0]) if one else (sums.data, sums.weight)
+    for a, b, lo, hi in slices.chunks(row_slice, group.plan):
+        some = make_slices(step, slices, a, b, frame.coords)
         part = accumulate(
-            some, row_slice[lo:hi] - a, row_image[lo:hi], weights[lo:hi], phases, *arrays, shell, n_shells, scale_pixels(step, frame, k),
-            implementation=engine.implementation,
+            some.values, row_slice[lo:hi] - a, row_image[lo:hi], weights[lo:hi], phases, *arrays, shell, n_shells, measuring,
+            slice_class=some.klass, implementation=engine.implementation,
         )  # fmt: skip
-        data = part.data - part.weight * some if engine.residual else part.data
-        insert_(sums.data[k], sums.weight[k], data, part.weight, rotations, frame.coords, engine.pad, implementation=engine.implementation)
+        data = part.data - part.weight * some.values if engine.residual else part.data
+        insert_(
+            *into, data, part.weight, some.rotations, frame.coords, engine.pad, which=some.which, implementation=engine.implementation
+        )
         sums.sigma2[group.number][:n_shells] += part.power - 2 * part.cross
         per_image.index_add_(0, row_image[lo:hi], part.rows.double())
     return per_image
 
 
-def scale_pixels(step: Pass, frame: Frame, k: int) -> Tensor:
-    """(p,) bool: pixels of the shells whose data-versus-prior exceeds 3, over which scales are measured (spec 1.6)."""
+def scale_pixels(step: Pass, frame: Frame) -> Tensor:
+    """(K, p) bool: pixels of the shells whose data-versus-prior exceeds 3, over which scales are measured (spec 1.6)."""
     shell = (frame.pixels.shell[: frame.inside].double() / frame.scale + 0.5).long()
-    good = (step.model.data_vs_prior[k] > 3).to(shell.device)
-    return good[shell.clamp(max=len(good) - 1)]
+    good = (step.model.data_vs_prior > 3).to(shell.device)
+    return good[:, shell.clamp(max=good.shape[1] - 1)]
 
 
 def add_statistics(step: Pass, group: Group, fine: Fine, gamma: Tensor, per_image: Tensor, batch: Batch, sums: Sums) -> Tensor:

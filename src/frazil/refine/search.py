@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ class Pass:
     """What one E-step works with: a model, its transforms, a grid, the windows' sizes."""
 
     model: Model
-    volumes: list[Tensor]  # per class, half volume (2D: half plane) of the reference
+    volumes: Tensor  # (K, …) half volumes (2D: half planes) of the references
     grid: Grid  # on the engine's device
     engine: Engine
     size: int  # n_c
@@ -77,11 +76,11 @@ class Found:
         return Found(self.image[keep], self.orientation[keep], self.shift[keep], self.value[keep])
 
 
-def reference_volumes(model: Model, size: int, engine: Engine) -> list[Tensor]:
-    """Half volumes of the references, divided by the interpolation's sinc² before padding (spec 3.5)."""
+def reference_volumes(model: Model, size: int, engine: Engine) -> Tensor:
+    """(K, …) half volumes of the references, divided by the interpolation's sinc² before padding (spec 3.5)."""
     dims = model.maps.ndim - 1
     correction = sinc2(model.box, engine.pad, device=engine.device, dtype=engine.dtype, dims=dims)
-    return [padded_ft(v.to(correction) / correction, engine.pad, size // 2) for v in model.maps]
+    return torch.stack([padded_ft(v.to(correction) / correction, engine.pad, size // 2) for v in model.maps])
 
 
 def make_pass(
@@ -131,8 +130,8 @@ def coarse_slices(step: Pass, group: Group, a: int, b: int) -> Tensor:
     for k in range(a // h, (b - 1) // h + 1):
         lo, hi = max(a, k * h), min(b, (k + 1) * h)
         rotations = step.grid.coarse_rotations(group.half[lo - k * h : hi - k * h]).to(device=engine.device, dtype=engine.dtype)
-        out[lo - a : hi - a] = project(
-            step.volumes[k], rotations, group.frame.coords[:p], engine.pad, implementation=engine.implementation
+        project(
+            step.volumes[k], rotations, group.frame.coords[:p], engine.pad, out=out[lo - a : hi - a], implementation=engine.implementation
         )
     return out
 
@@ -256,23 +255,18 @@ class Slices:
     def __len__(self) -> int:
         return len(self.orientation)
 
-    def chunks(self, users: Tensor, plan: Plan, grid: Grid, unit: int = 1) -> list[tuple[int, int, int, int, int]]:
-        """(first slice, end slice, first user, end user, class) of chunks of one class within the plan's slices and users.
+    def chunks(self, users: Tensor, plan: Plan, unit: int = 1) -> list[tuple[int, int, int, int]]:
+        """(first slice, end slice, first user, end user) of chunks within the plan's slices and users.
 
         users: slice (or group of `unit` slices) of each user, non-decreasing; a single group may exceed the number of users.
         """
-        groups = len(self) // unit
+        groups, most = len(self) // unit, max(1, plan.slices // unit)
         ends = torch.bincount(users, minlength=groups).cumsum(0).cpu().numpy()
-        klass = (self.orientation[::unit] // grid.orientations).cpu().numpy()
-        # A class may begin only where the last one ends.
-        borders = [0, *(np.flatnonzero(klass[1:] != klass[:-1]) + 1).tolist(), groups]
-        most, out, lo = max(1, plan.slices // unit), [], 0
-        for start, stop in pairwise(borders):
-            a = start
-            while a < stop:
-                b = min(a + most, stop, max(a + 1, int(np.searchsorted(ends, lo + plan.users, side="right"))))
-                out.append((a * unit, b * unit, lo, int(ends[b - 1]), int(klass[a])))
-                a, lo = b, int(ends[b - 1])
+        out, a, lo = [], 0, 0
+        while a < groups:
+            b = min(a + most, groups, max(a + 1, int(np.searchsorted(ends, lo + plan.users, side="right"))))
+            out.append((a * unit, b * unit, lo, int(ends[b - 1])))
+            a, lo = b, int(ends[b - 1])
         return out
 
     def rotations(self, grid: Grid, a: int, b: int) -> Tensor:
@@ -281,10 +275,24 @@ class Slices:
         return grid.coarse_rotations(where) if self.child is None else grid.fine_rotations(where, self.child[a:b])
 
 
-def make_slices(step: Pass, slices: Slices, a: int, b: int, klass: int, coords: Tensor) -> tuple[Tensor, Tensor]:
-    """(b − a, p) slices a…b, all of one class, and their rotations on the device."""
+@dataclass(frozen=True)
+class Made:
+    """Some slices."""
+
+    values: Tensor  # (s, p) complex
+    rotations: Tensor  # (s, 3, 3)
+    klass: Tensor  # (s,) int64
+    which: Tensor | None  # the same for ops.project and ops.insert_: None with one class
+
+
+def make_slices(step: Pass, slices: Slices, a: int, b: int, coords: Tensor) -> Made:
+    """Slices a…b on the device."""
     rotations = slices.rotations(step.grid, a, b).to(device=step.engine.device, dtype=step.engine.dtype)
-    return project(step.volumes[klass], rotations, coords, step.engine.pad, implementation=step.engine.implementation), rotations
+    klass = slices.orientation[a:b] // step.grid.orientations
+    which = klass if len(step.volumes) > 1 else None
+    volumes = step.volumes if len(step.volumes) > 1 else step.volumes[0]
+    values = project(volumes, rotations, coords, step.engine.pad, which=which, implementation=step.engine.implementation)
+    return Made(values, rotations, klass, which)
 
 
 @dataclass(frozen=True)
@@ -326,18 +334,18 @@ def coarse_local(
     y, q = y[:, :p].contiguous(), q[:, :p].contiguous()
     best = torch.full((len(y),), -torch.inf, dtype=engine.dtype, device=y.device)
     found = []
-    for a, b, lo, hi, k in rows.slices.chunks(rows.slice, group.plan, grid):
-        image, klass = rows.image[lo:hi], torch.tensor(k, device=y.device)
+    for a, b, lo, hi in rows.slices.chunks(rows.slice, group.plan):
+        image = rows.image[lo:hi]
         with step.clock("coarse slices"):
-            some = make_slices(step, rows.slices, a, b, k, group.frame.coords[:p])[0]
+            some = make_slices(step, rows.slices, a, b, group.frame.coords[:p])
         with step.clock("coarse products"):
             value = compare(
-                some, rows.slice[lo:hi] - a, image, y, q, group.coarse_phases, cc=step.cc, implementation=engine.implementation
+                some.values, rows.slice[lo:hi] - a, image, y, q, group.coarse_phases, cc=step.cc, implementation=engine.implementation
             )
         with step.clock("thresholds"):
             if not step.cc:
-                prior = shift_prior(step, old[:, None], grid.shifts, centre_of(step, klass), group.frame.optics.pixel_size)
-                value += prior.to(value)[image]
+                centre = centre_of(step, some.klass[rows.slice[lo:hi] - a]).expand(hi - lo, 2)[:, None]
+                value += shift_prior(step, old[image, None], grid.shifts, centre, group.frame.optics.pixel_size).to(value)
                 value += rows.log_prior[lo:hi, None]
             best.scatter_reduce_(0, image, value.amax(1), "amax")
             row, t = torch.nonzero(value >= (best[image] - DEPTH)[:, None], as_tuple=True)
@@ -374,9 +382,9 @@ def fine_pass(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, 
             ).to(prior)
         sizes = (grid.children, grid.shift_children)
         value = torch.empty(len(prior), *sizes, dtype=engine.dtype, device=prior.device)
-    for a, b, lo, hi, k in slices.chunks(orientation, group.plan, grid, unit=grid.children):
+    for a, b, lo, hi in slices.chunks(orientation, group.plan, unit=grid.children):
         with step.clock("fine slices"):
-            some = make_slices(step, slices, a, b, k, group.frame.coords)[0]
+            some = make_slices(step, slices, a, b, group.frame.coords).values
         with step.clock("fine products"):
             value[lo:hi] = score(
                 some, orientation[lo:hi] - a // grid.children, coarse.image[lo:hi], coarse.shift[lo:hi], prior[lo:hi], y, q,

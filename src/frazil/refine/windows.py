@@ -35,6 +35,7 @@ class Engine:
     dtype: torch.dtype = torch.float32
     implementation: str | None = None  # of the ops; None: by device
     budget: int = 4 << 30  # bytes of memory on the device
+    timed: bool = False  # wait for the device at the end of every phase, so that their times are true: for bench/
     shrink: int = 1  # divides the batches: doubled each time the device runs out of memory
     seed: int = 0
 
@@ -112,6 +113,7 @@ class Windows:
 def pre_shift_images(images: Tensor, shift_px: Tensor) -> Tensor:
     """(b, N, N) images moved by whole pixels (b, 2) xy, zeros where nothing comes in (spec 1.4)."""
     n = images.shape[-1]
+    shift_px = shift_px.to(images.device)
     line = torch.arange(n, device=images.device)
     x, y = (line - shift_px[:, i, None].long() for i in (0, 1))
     ok = ((y >= 0) & (y < n))[:, :, None] & ((x >= 0) & (x < n))[:, None, :]
@@ -144,7 +146,7 @@ def prepare_images(images: Tensor, particles: Particles, index: Tensor, optics: 
     `index` (b,) are rows of `particles`, `images` their pixels. The odd aberration is removed before anything is cut out in
     real space, so that the mask sees the particle where it is.
     """
-    x = images.to(device=engine.device, dtype=engine.dtype)
+    x = images.to(device=engine.device).to(engine.dtype)
     if engine.correct_norm:
         factor = model.norm_average / particles.norm[index]
         x = x * factor.to(x)[:, None, None]

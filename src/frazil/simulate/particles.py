@@ -110,7 +110,7 @@ def simulate_particles(source: Phantom | Volume, n: int, optics: Sequence[Optics
     if n < 1 or not settings.snr > 0:
         raise BadInput(f"simulation needs at least one particle and an SNR above 0, got {n} and {settings.snr}")
     rng = torch.Generator().manual_seed(settings.seed)
-    particles, scale = _draw_particles(n, tuple(optics), settings, rng)
+    particles, scale = draw_particles(n, tuple(optics), settings, rng)
     first = optics[0]
     if isinstance(source, Phantom):
         truth = density(source, first.box, first.pixel_size)
@@ -161,7 +161,7 @@ def _clean_images(particles: Particles, group: int, scale: Tensor, slices: Calla
     return out
 
 
-def _draw_particles(n: int, optics: tuple[Optics, ...], settings: Settings, rng: torch.Generator) -> tuple[Particles, Tensor]:
+def draw_particles(n: int, optics: tuple[Optics, ...], settings: Settings, rng: torch.Generator) -> tuple[Particles, Tensor]:
     """True poses, defoci and groups of n particles; and the scale of each micrograph, mean 1 over particles."""
     micrographs = max(len(optics), math.ceil(n / settings.per_micrograph))
     micrograph = torch.arange(n) * micrographs // n

@@ -117,10 +117,11 @@ def _chain(centre: Tensor, radius: float, count: int, rng: torch.Generator) -> T
     return torch.stack(out)
 
 
-def density(shape: Phantom, box: int, pixel_size: float) -> Volume:
+def density(shape: Phantom, box: int, pixel_size: float, device: str = "cpu") -> Volume:
     """The phantom sampled on a (box, box, box) grid, band-limited to frequencies below Nyquist along each axis (none is aliased)."""
-    n, line = box, torch.arange(box, dtype=torch.float64)
-    k = torch.arange(-(n // 2) + 1, n // 2, dtype=torch.float64) / (n * pixel_size)  # 1/Å
+    n, line = box, torch.arange(box, dtype=torch.float64, device=device)
+    k = torch.arange(-(n // 2) + 1, n // 2, dtype=torch.float64, device=device) / (n * pixel_size)  # 1/Å
+    shape = replace(shape, centre=shape.centre.to(device), sigma=shape.sigma.to(device), mass=shape.mass.to(device))
     position = (line - n // 2) * pixel_size
     wave = torch.exp(2j * math.pi * k[:, None] * position)  # (k, x)
 
@@ -129,8 +130,8 @@ def density(shape: Phantom, box: int, pixel_size: float) -> Volume:
         ft = torch.exp(-2 * (math.pi * shape.sigma[index, None] * k) ** 2 - 2j * math.pi * k * shape.centre[index, axis, None])
         return (ft @ wave).real / (n * pixel_size)
 
-    out = torch.zeros(n, n, n, dtype=torch.float64)
-    for index in torch.arange(len(shape.mass)).split(512):
+    out = torch.zeros(n, n, n, dtype=torch.float64, device=device)
+    for index in torch.arange(len(shape.mass), device=device).split(512):
         x, y, z = (profile(axis, index) for axis in range(3))
         plane = (shape.mass[index, None] * z)[:, :, None] * y[:, None]
         out += (plane.reshape(len(index), n * n).T @ x).reshape(n, n, n)

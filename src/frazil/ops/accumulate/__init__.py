@@ -59,7 +59,7 @@ class EntryWeights:
 
 def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor,
                gain: Tensor, unmasked: Tensor, inverse: Tensor, shell: Tensor, n_shells: int, scale_pixels: Tensor,
-               *, implementation: str | None = None) -> Sums:
+               *, slice_class: Tensor | None = None, implementation: str | None = None) -> Sums:
     """Sums over r (slice, image) rows with posterior weights Γ at T shifts.
 
         A[r, p] = Σ_t Γ[r, t] E[p, t],                    γ[r] = Σ_t Γ[r, t]
@@ -68,13 +68,18 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
 
     slices S (s, p) complex; row_slice ascending, row_image (r,) int64; weights Γ (r, T) real, or EntryWeights; phases E (p, T) complex;
     masked F = s c X_masked, unmasked U = s c X/σ² (b, p) complex; gain G = s²c², inverse C = s²c²/σ² (b, p) real;
-    shell (p,) int64 in [0, n_shells); scale_pixels (p,) bool. x and q are summed by shell over all rows (cross, power), and by
-    row over all pixels and over scale_pixels (rows). Raises ValueError for shapes, types or indices that do not fit.
+    shell (p,) int64 in [0, n_shells); scale_pixels (p,) bool, or with slice_class (s,) int64 a table (K, p). x and q are summed by
+    shell over all rows (cross, power), and by row over all pixels and over scale_pixels (rows).
+    Raises ValueError for shapes, types or indices that do not fit.
     """
     _check(slices, weights, phases, (masked, unmasked), (gain, inverse))
     check_rows(row_slice, row_image, len(slices), len(masked))
     p = slices.shape[1]
-    if len(weights) != len(row_slice) or shell.shape != (p,) or scale_pixels.shape != (p,) or scale_pixels.dtype != torch.bool:
+    if slice_class is None:
+        scale_pixels, slice_class = scale_pixels[None], torch.zeros(len(slices), dtype=torch.int64, device=slices.device)
+    if slice_class.shape != (len(slices),) or slice_class.dtype != torch.int64:
+        raise ValueError(f"slice_class must be ({len(slices)},) int64, got {tuple(slice_class.shape)} {slice_class.dtype}")
+    if len(weights) != len(row_slice) or shell.shape != (p,) or scale_pixels.shape[1:] != (p,) or scale_pixels.dtype != torch.bool:
         raise ValueError(f"weights must have {len(row_slice)} rows, shell and scale_pixels (bool) {p} pixels, got {len(weights)}, "
                          f"{tuple(shell.shape)}, {tuple(scale_pixels.shape)} {scale_pixels.dtype}")
     if shell.dtype != torch.int64 or not bool((shell.amin() >= 0) & (shell.amax() < n_shells)):
@@ -91,7 +96,8 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
             raise ValueError(f"accumulate has no implementation {other!r}")
     if isinstance(weights, EntryWeights) and chosen == "reference":
         weights = weights.dense()
-    data, weight, x, q, rows = run(slices, row_slice, row_image, weights, phases, masked, gain, unmasked, inverse, scale_pixels)  # pyright: ignore[reportArgumentType]
+    arrays = (masked, gain, unmasked, inverse, scale_pixels, slice_class)
+    data, weight, x, q, rows = run(slices, row_slice, row_image, weights, phases, *arrays)  # pyright: ignore[reportArgumentType]
     cross, power = torch.zeros(2, n_shells, dtype=torch.float64, device=slices.device).index_add_(1, shell, torch.stack([x, q])).unbind()
     return Sums(data, weight, cross, power, rows)
 

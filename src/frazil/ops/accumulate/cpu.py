@@ -43,19 +43,20 @@ def _mix(gamma, shift, start, pair, child, right, out, total):  # noqa: ANN001, 
 
 
 @njit(parallel=True, fastmath=LOOSE, cache=True)
-def _fold(a_rows, gamma, row_slice, row_image, slices, masked, gain, unmasked, inverse, use, data, weight, pixels, part):  # noqa: ANN001, ANN202
+def _fold(a_rows, gamma, row_slice, row_image, slices, masked, gain, unmasked, inverse, use, slice_class,  # noqa: ANN001, ANN202
+          data, weight, pixels, part):
     """Add a chunk of rows to data, weight and pixels (2, p); part[block, r] = the four sums of row r over a block of pixels."""
     p = gain.shape[1]
     block = -(-p // part.shape[0])
     for b in prange(part.shape[0]):
         lo, hi = min(p, b * block), min(p, b * block + block)
-        n, m = hi - lo, use[lo:hi]
+        n = hi - lo
         sums = np.zeros(2 * n, a_rows.dtype)
         for r in range(a_rows.shape[0]):
             k, i, g = row_slice[r], row_image[r], gamma[r]
             a, s, u = a_rows[r, 2 * lo:2 * hi], slices[k, 2 * lo:2 * hi], unmasked[i, 2 * lo:2 * hi]
             f, c, v = masked[i, 2 * lo:2 * hi], inverse[i, lo:hi], gain[i, lo:hi]
-            d, w = data[k, 2 * lo:2 * hi], weight[k, lo:hi]
+            d, w, m = data[k, 2 * lo:2 * hi], weight[k, lo:hi], use[slice_class[k], lo:hi]
             for j in range(n):
                 d[2 * j] += a[2 * j] * u[2 * j] - a[2 * j + 1] * u[2 * j + 1]
                 d[2 * j + 1] += a[2 * j] * u[2 * j + 1] + a[2 * j + 1] * u[2 * j]
@@ -81,7 +82,8 @@ def _fold(a_rows, gamma, row_slice, row_image, slices, masked, gain, unmasked, i
 
 
 def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor,
-               gain: Tensor, unmasked: Tensor, inverse: Tensor, scale_pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+               gain: Tensor, unmasked: Tensor, inverse: Tensor, scale_pixels: Tensor,
+               slice_class: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See frazil.ops.accumulate: (D, W, Σ_rows x (p,), Σ_rows q (p,), rows)."""
     threads = numba_threads(numba)
     n, p = len(row_slice), slices.shape[1]
@@ -95,7 +97,8 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     gamma = gamma_of.numpy()
     row_s, row_i = row_slice.contiguous().numpy(), row_image.contiguous().numpy()
     fixed = (_floats(slices), _floats(masked), gain.contiguous().numpy(), _floats(unmasked), inverse.contiguous().numpy(),
-             scale_pixels.to(gain).numpy(), torch.view_as_real(data).view(len(data), 2 * p).numpy(), weight.numpy(), pixels.numpy())
+             scale_pixels.to(gain).contiguous().numpy(), slice_class.contiguous().numpy(),
+             torch.view_as_real(data).view(len(data), 2 * p).numpy(), weight.numpy(), pixels.numpy())
     for first in range(0, n, chunk):
         m = min(chunk, n - first)
         here = slice(first, first + m)

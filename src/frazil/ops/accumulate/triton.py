@@ -20,7 +20,7 @@ PIECE = 64  # rows at most
 
 
 @triton.jit
-def _fold(a_rows, gamma, row_image, slices, masked, gain, unmasked, inverse, use, piece_slice, piece_start, alone,  # noqa: ANN001, ANN202
+def _fold(a_rows, gamma, row_image, slices, masked, gain, unmasked, inverse, use, slice_class, piece_slice, piece_start, alone,  # noqa: ANN001, ANN202
           data, weight, piece_x, piece_q, part, p, BLOCK: tl.constexpr):  # noqa: N803
     piece, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     j = block * BLOCK + tl.arange(0, BLOCK)
@@ -28,7 +28,7 @@ def _fold(a_rows, gamma, row_image, slices, masked, gain, unmasked, inverse, use
     k = tl.load(piece_slice + piece)
     sr = tl.load(slices + k * 2 * p + 2 * j, mask=ok, other=0.0)
     si = tl.load(slices + k * 2 * p + 2 * j + 1, mask=ok, other=0.0)
-    norm, m = sr * sr + si * si, tl.load(use + j, mask=ok, other=0.0)
+    norm, m = sr * sr + si * si, tl.load(use + tl.load(slice_class + k) * p + j, mask=ok, other=0.0)
     dr, di, w = tl.zeros_like(sr), tl.zeros_like(sr), tl.zeros_like(sr)
     xs, qs = tl.zeros_like(sr), tl.zeros_like(sr)
     for r in range(tl.load(piece_start + piece), tl.load(piece_start + piece + 1)):
@@ -73,7 +73,8 @@ def _pieces(row_slice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Tensor | EntryWeights, phases: Tensor, masked: Tensor,
-               gain: Tensor, unmasked: Tensor, inverse: Tensor, scale_pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+               gain: Tensor, unmasked: Tensor, inverse: Tensor, scale_pixels: Tensor,
+               slice_class: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See frazil.ops.accumulate: (D, W, Σ_rows x (p,), Σ_rows q (p,), rows)."""
     n, p = len(row_slice), slices.shape[1]
     right = torch.cat([phases.real.T, phases.imag.T], 1)  # (T, 2p): A is planar, [re | im]
@@ -81,7 +82,8 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     pixels, rows = torch.zeros(2, p, dtype=torch.float64, device=gain.device), gain.new_empty(n, 4)
     chunk = max(1, min(n, WORK_BYTES // (4 * p * gain.element_size())))
     a, blocks = gain.new_empty(chunk, 2 * p), triton.cdiv(p, PIXELS)
-    fixed = (floats(slices), floats(masked), gain.contiguous(), floats(unmasked), inverse.contiguous(), scale_pixels.to(gain))
+    fixed = (floats(slices), floats(masked), gain.contiguous(), floats(unmasked), inverse.contiguous(), scale_pixels.to(gain).contiguous(),
+             slice_class.contiguous())
     for first in range(0, n, chunk):
         here = slice(first, min(first + chunk, n))
         m = here.stop - first

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WORK_BYTES = 1 << 28  # of the factors of `compare`, of the scores of `candidates`
+WORK_BYTES = 1 << 28  # of the factors of `compare`, of the scores of `candidates`, where the memory is small
+ALIGN = 16  # inner dimension of a product, elements: what tensor cores want
 PIXELS = 512  # a block of the elementwise loops
 TILE = 1024  # hypotheses a program of `candidates` looks at
 BINS = 128  # of the histogram of L between best − depth and best
@@ -36,12 +37,20 @@ def floats(x: Tensor) -> Tensor:
     return torch.view_as_real(x).reshape(len(x), -1)
 
 
+def work_bytes() -> int:
+    """Bytes of a work array: 1/64 of the memory this process may use on the GPU, at least WORK_BYTES."""
+    if not torch.cuda.is_available():
+        return WORK_BYTES
+    allowed = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory * torch.cuda.get_per_process_memory_fraction()
+    return max(WORK_BYTES, int(allowed) // 64)
+
+
 @triton.jit
-def _multiply_rows(slices, images, power, row_slice, row_image, z, norm, p, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
-    """A program a row: z[r] = [re | im] of conj(S) Y, norm[r] = Σ |S|² Q."""
+def _multiply_rows(slices, images, power, row_slice, row_image, z, norm, p, unit, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """A program a row: z[r] = [re | im] of conj(S) Y, norm[r] = Σ |S|² Q. A row's slice is row_slice[r // unit] · unit + r % unit."""
     r = tl.program_id(0).to(tl.int64)
-    s_at = slices + tl.load(row_slice + r) * 2 * p
-    image = tl.load(row_image + r)
+    s_at = slices + (tl.load(row_slice + r // unit) * unit + r % unit) * 2 * p
+    image = tl.load(row_image + r // unit)
     y_at, q_at, z_at = images + image * 2 * p, power + image * p, z + r * 2 * p
     total = tl.zeros((BLOCK,), power.dtype.element_ty)
     for first in range(0, p, BLOCK):
@@ -57,19 +66,25 @@ def _multiply_rows(slices, images, power, row_slice, row_image, z, norm, p, BLOC
 
 def compare(slices: Tensor, row_slice: Tensor, row_image: Tensor, images: Tensor, power: Tensor, phases: Tensor, cc: bool) -> Tensor:
     """See frazil.ops.compare.compare."""
-    n, p = len(row_slice), slices.shape[1]
+    return pair_scores(slices, row_slice, row_image, images, power, phases, 1, cc)
+
+
+def pair_scores(slices: Tensor, pair_slice: Tensor, pair_image: Tensor, images: Tensor, power: Tensor, phases: Tensor, unit: int,
+                cc: bool) -> Tensor:
+    """(n·unit, T) scores of slices pair_slice·unit … +unit−1 with image pair_image, in any order; see frazil.ops.compare.compare."""
+    n, p = len(pair_slice) * unit, slices.shape[1]
     scores = power.new_empty(n, phases.shape[1])
     right = torch.cat([phases.real, -phases.imag])  # (2p, T)
     s, y, q = floats(slices), floats(images), power.contiguous()
-    chunk = max(1, min(n, WORK_BYTES // (2 * p * power.element_size())))
-    z, norm = power.new_empty(chunk, 2 * p), power.new_empty(chunk)
-    for first in range(0, n, chunk):
-        m = min(chunk, n - first)
-        part = slice(first, first + m)
-        _multiply_rows[(m,)](s, y, q, row_slice[part].contiguous(), row_image[part].contiguous(), z, norm, p, BLOCK=PIXELS)
+    chunk = max(1, min(len(pair_slice), work_bytes() // (2 * p * unit * power.element_size())))
+    z, norm = power.new_empty(chunk * unit, 2 * p), power.new_empty(chunk * unit)
+    for first in range(0, len(pair_slice), chunk):
+        m = min(chunk, len(pair_slice) - first)
+        here, part, rows = slice(first, first + m), slice(first * unit, (first + m) * unit), m * unit
+        _multiply_rows[(rows,)](s, y, q, pair_slice[here].contiguous(), pair_image[here].contiguous(), z, norm, p, unit, BLOCK=PIXELS)
         with matmul_precision(tf32=False):
-            torch.mm(z[:m], right, out=scores[part])
-        column = norm[:m, None]
+            torch.mm(z[:rows], right, out=scores[part])
+        column = norm[:rows, None]
         if cc:
             scores[part] *= torch.where(column > 0, column.rsqrt(), 0)
         else:
@@ -172,13 +187,21 @@ def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, cc: bool
     return top, torch.where(top.isneginf(), torch.inf, floor), left_out
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """(n, p) real numbers with columns of zeros after them, so that p is a multiple of ALIGN."""
+    out = x.new_zeros(len(x), -(-x.shape[1] // ALIGN) * ALIGN)
+    out[:, : x.shape[1]] = x
+    return out
+
+
 def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor, depth: float,
                fraction: float, cc: bool, batch: int | None, tf32: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See frazil.ops.compare.candidates: fields of Candidates."""
     (h, p), b, shifts, device = slices.shape, len(images), phases.shape[1], power.device
-    batch = max(1, min(b, batch or WORK_BYTES // (2 * shifts * max(h, p) * power.element_size() or 1)))
-    s_re, s_im = slices.real.contiguous(), slices.imag.contiguous()
+    batch = max(1, min(b, batch or work_bytes() // (2 * shifts * max(h, p) * power.element_size() or 1)))
+    s_re, s_im = (_aligned(part) for part in (slices.real, slices.imag))
     s_power, turn = s_re.square() + s_im.square(), phases.T.contiguous()
+    power = _aligned(power)
     best, left_out = power.new_full((b,), -torch.inf), torch.zeros(b, dtype=torch.float64, device=device)
     found = []
     for first in range(0, b if h else 0, batch):
@@ -186,7 +209,7 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
         n = part.stop - first
         shifted = (images[part, None, :] * turn).view(n * shifts, p)
         with matmul_precision(tf32):
-            even, odd = ((x.contiguous() @ s.T).view(n, shifts, h) for x, s in ((shifted.real, s_re), (shifted.imag, s_im)))
+            even, odd = ((_aligned(x) @ s.T).view(n, shifts, h) for x, s in ((shifted.real, s_re), (shifted.imag, s_im)))
             norm = power[part] @ s_power.T
         del shifted
         if cc:
