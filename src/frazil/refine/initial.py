@@ -47,19 +47,19 @@ def initial_noise(images: Images, particles: Particles, model: tuple[int, float]
             continue
         members = members[torch.randperm(len(members), generator=generator)[:MOST_PARTICLES]].sort().values
         shells = stored_shells(optics.box)
-        power = torch.zeros(shells.shape, dtype=torch.float64)
-        mean = torch.zeros(shells.shape, dtype=torch.complex128)
+        power = torch.zeros(shells.shape, dtype=torch.float64, device=engine.device)
+        mean = torch.zeros(shells.shape, dtype=torch.complex128, device=engine.device)
         for index in members.split(max(1, (1 << 25) // optics.box**2)):
-            x = images[index].double()
+            x = images[index].to(engine.device).double()
             if engine.correct_norm:
-                x = x * (particles.norm.mean() / particles.norm[index])[:, None, None]
+                x = x * (particles.norm.mean() / particles.norm[index]).to(x)[:, None, None]
             x = pre_shift_images(x, shell_round(particles.shift[index] / optics.pixel_size))
             if engine.zero_mask:
                 x = mask_images(x, mask_radius(optics, engine), engine.mask_edge)
             ft = image_ft(x)
             power += ft.abs().square().sum(0)
             mean += ft.sum(0)
-        signal = (mean / len(members)).abs().square()
+        signal, power = (mean / len(members)).abs().square().cpu(), power.cpu()
         out.append(positive(0.5 * (shell_mean(power / len(members), shells) - shell_mean(signal, shells))))
     return tuple(out)
 
