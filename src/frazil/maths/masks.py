@@ -44,10 +44,10 @@ def soft_sphere(
 def _filled(data: Tensor, weight: Tensor) -> Tensor:
     """data · weight + fill · (1 − weight), fill = mean of each item weighted by 1 − weight over the axes of `weight`."""
     outside = 1 - weight
-    axes = tuple(range(-weight.ndim, 0))
     total = outside.sum()
-    fill = (data * outside).sum(axes, keepdim=True) / total if total > 0 else torch.zeros((), dtype=data.dtype, device=data.device)
-    return data * weight + fill * outside
+    # As a product of a matrix and a vector: images are read once, and no copy of them is made.
+    fill = (data.reshape(*data.shape[: -weight.ndim], -1) @ outside.reshape(-1)) / total.clamp(min=torch.finfo(weight.dtype).tiny)
+    return torch.lerp(fill.reshape(*fill.shape, *(1,) * weight.ndim), data, weight)
 
 
 def mask_images(images: Tensor, radius_px: float, edge_px: float, noise: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from frazil.data import Optics, Particles
 from frazil.maths.ctf import ctf, odd_phase
 from frazil.maths.fourier import PixelList, full_half_plane, image_from_ft, image_ft, pixel_list, shell_round
 from frazil.maths.masks import mask_images
+from frazil.ops.shells import shell_power
 from frazil.refine.model import Model
 
 
@@ -55,8 +56,10 @@ class Frame:
     k: Tensor  # (inside, 2) 1/Å
     amplitude: float  # slice values of the model, times this, are the group's: 1/u²
     scale: float  # u = N_g a_g / (N_m a_m)
-    full_index: Tensor  # half-plane pixels of the whole transform, and
-    full_lengths: list[int]  # how many a shell
+    sign: Tensor  # (p,) ±1/N²: makes a centred transform of FFT(image) at the pixels of the window
+    full_index: Tensor  # half-plane pixels of the whole transform, shell by shell, and
+    full_start: Tensor  # (N_g/2+2,) where each shell starts
+    window_start: Tensor  # (n_g/2+2,) the same of the window's pixels
 
     def coarse_inside(self, size: int) -> int:
         """Leading pixels of the coarse window, `size` being that of the model."""
@@ -90,9 +93,16 @@ def make_frame(optics: Optics, size: int, box: int, pixel_size: float, engine: E
         k=pixels.k()[:inside] / (optics.box * optics.pixel_size),
         amplitude=1.0 / u**2,
         scale=u,
+        sign=((1 - 2 * ((pixels.kx + pixels.ky) % 2)) / optics.box**2).to(engine.dtype),
         full_index=index.to(engine.device),
-        full_lengths=torch.bincount(shell, minlength=optics.box // 2 + 1).tolist(),
+        full_start=shell_starts(shell, optics.box // 2 + 1).to(engine.device),
+        window_start=shell_starts(pixels.shell, own // 2 + 1),
     )
+
+
+def shell_starts(shell: Tensor, shells: int) -> Tensor:
+    """(shells + 1,) int64: where each shell starts among pixels sorted by shell, and their number."""
+    return torch.nn.functional.pad(torch.bincount(shell, minlength=shells).cumsum(0), (1, 0))
 
 
 @dataclass(frozen=True)
@@ -141,29 +151,30 @@ def noise_images(sigma2: Tensor, box: int, seeds: list[int], device: str, dtype:
 
 
 def prepare_images(images: Tensor, particles: Particles, index: Tensor, optics: Optics, model: Model, engine: Engine, group: int):
-    """Normalised, aberration-corrected, pre-shifted images: (unmasked transform, masked transform, pre-shift in px).
+    """Normalised, aberration-corrected, pre-shifted images: (unmasked, masked, pre-shift in px); N even.
 
     `index` (b,) are rows of `particles`, `images` their pixels. The odd aberration is removed before anything is cut out in
     real space, so that the mask sees the particle where it is.
     """
-    x = images.to(device=engine.device).to(engine.dtype)
-    if engine.correct_norm:
-        factor = model.norm_average / particles.norm[index]
-        x = x * factor.to(x)[:, None, None]
-    if optics.beam_tilt != (0.0, 0.0) or optics.odd_zernike:
+    shift = shell_round(particles.shift[index] / optics.pixel_size)
+    odd = optics.beam_tilt != (0.0, 0.0) or bool(optics.odd_zernike)
+    factor = model.norm_average / particles.norm[index] if engine.correct_norm else torch.ones(len(index), dtype=torch.float64)
+    factor = factor.to(engine.device, engine.dtype)[:, None, None]
+    x = images.to(engine.device)
+    x = x if x.dtype == torch.float16 else x.to(engine.dtype)  # float16 times the factors is of their type: one pass less
+    x = x * factor if odd else pre_shift_images(x, shift) * factor
+    if odd:
         n = optics.box
         ky = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64)
         kx = torch.arange(n // 2 + 1, dtype=torch.float64)
         grid = torch.stack(torch.broadcast_tensors(kx[None], ky[:, None]), -1).reshape(-1, 2) / (n * optics.pixel_size)
         phase = odd_phase(grid, optics).reshape(n, -1)
         x = image_from_ft(image_ft(x) * torch.polar(torch.ones_like(phase), -phase).to(device=x.device, dtype=engine.complex), n)
-    shift = shell_round(particles.shift[index] / optics.pixel_size)
-    x = pre_shift_images(x, shift.to(x.device))
+        x = pre_shift_images(x, shift)
     noise = None
     if not engine.zero_mask:
         noise = noise_images(model.sigma2[group], optics.box, [engine.seed + int(i) for i in index], engine.device, engine.dtype)
-    masked = mask_images(x, mask_radius(optics, engine), engine.mask_edge, noise)
-    return image_ft(x), image_ft(masked), shift
+    return x, mask_images(x, mask_radius(optics, engine), engine.mask_edge, noise), shift
 
 
 def particle_ctf(particles: Particles, index: Tensor, k: Tensor, optics: Optics, engine: Engine) -> Tensor:
@@ -176,34 +187,32 @@ def make_windows(images: Tensor, particles: Particles, index: Tensor, frame: Fra
     """The batch `index` of particles (all of optics group `group`), ready for the E-step."""
     optics, p = frame.optics, frame.pixels
     plain, masked, shift = prepare_images(images, particles, index, optics, model, engine, group)
-    flat = masked.reshape(len(index), -1)
-    window = flat[:, p.index]
+    inside, sign = p.index[: frame.inside], frame.sign[: frame.inside]
+    # FFTs of the images as they lie: the window's pixels get the sign that centring would give them, a power needs none.
+    unmasked = torch.fft.rfft2(plain).flatten(1)[:, inside] * sign
+    del plain
+    ft = torch.fft.rfft2(masked).flatten(1)
+    del masked
+    window, unit = ft[:, inside] * sign, 1.0 / optics.box**4
+    power = shell_power(ft, frame.full_index, frame.full_start, implementation=engine.implementation) * unit
+    window_power = shell_power(ft, p.index, frame.window_start, implementation=engine.implementation) * unit
+    del ft
     c = particle_ctf(particles, index, frame.k, optics, engine)
     s = model.scales[particles.micrograph[index]].clamp(min=0.001).to(c)[:, None] if engine.correct_scale else c.new_ones(len(index), 1)
     gain = s * c * (c if optics.ctf_premultiplied else 1)
-    shells = torch.bincount(p.shell.cpu(), minlength=p.size // 2 + 1).tolist()
-    unmasked, moved = plain.reshape(len(index), -1)[:, p.index[: frame.inside]], shift * optics.pixel_size
+    moved = shift * optics.pixel_size
     if engine.subpixel:
         rest = (particles.shift[index] - moved).to(frame.k)
         turn = torch.polar(torch.ones_like(rest[:, :1] * frame.k[:, 0]), -2 * math.pi * rest @ frame.k.T).to(engine.complex)
-        window = window[:, : frame.inside] * turn
-        unmasked, moved = unmasked * turn, particles.shift[index]
+        window, unmasked, moved = window * turn, unmasked * turn, particles.shift[index]
     return Windows(
-        masked=window[:, : frame.inside].contiguous(),
+        masked=window,
         unmasked=unmasked,
         gain=gain * frame.amplitude,
         data_gain=(s.expand_as(c) if optics.ctf_premultiplied else s * c) * frame.amplitude,
         weight_gain=(s * c * frame.amplitude) ** 2,
-        power=shell_power(flat[:, frame.full_index], frame.full_lengths),
-        window_power=shell_power(flat[:, p.index], shells),
+        power=power,
+        window_power=window_power,
         pre_shift=moved,
         pre_shift_px=shift,
     )
-
-
-def shell_power(values: Tensor, lengths: list[int]) -> Tensor:
-    """(b, shells) float64 Σ|X|² of (b, p) complex values whose pixels are sorted by shell, `lengths` pixels each."""
-    power = torch.view_as_real(values).square().sum(-1)
-    ends = torch.tensor(lengths).cumsum(0)
-    before = power.cumsum(1, dtype=torch.float64)[:, (ends - 1).clamp(min=0).to(power.device)]
-    return torch.diff(torch.where(ends.to(power.device) > 0, before, 0), dim=1, prepend=before.new_zeros(len(before), 1))
