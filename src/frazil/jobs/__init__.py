@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 JOBS = {
+    "class3d": "sort particles into several maps",
     "refine3d": "refine particles against a reference: gold-standard map",
     "simulate": "particles with known truth, of a phantom or a map",
     "demo": "simulate particles, refine them, compare with the truth",
@@ -28,6 +29,9 @@ JOBS = {
     "project": "project a map along given or random directions",
     "fsc": "Fourier shell correlation and resolution of two maps",
     "map": "make, filter, cut, resample, mirror or describe a map",
+    "mask": "soft solvent mask from a map, a model or a sphere",
+    "postprocess": "corrected FSC, resolution, sharpened map of two half maps",
+    "bench": "time standard tasks on this machine",
     "doctor": "devices, memory, versions, and what is missing here",
 }
 MAP_ACTIONS = {
@@ -39,7 +43,8 @@ MAP_ACTIONS = {
     "resample": "resample a map to another pixel size or box",
     "mirror": "the other hand of a map",
 }
-ACTIONS = {"map": MAP_ACTIONS}
+BENCH_ACTIONS = {"class3d": "3D classification of simulated ribosome-like particles"}
+ACTIONS = {"map": MAP_ACTIONS, "bench": BENCH_ACTIONS}
 
 
 @dataclass(frozen=True)

@@ -217,8 +217,7 @@ def fine_batch(step: Pass, group: Group, coarse: Found, log_orientation: Tensor,
     fine = fine_pass(step, group, coarse, log_orientation, batch.y, batch.q, batch.old)
     with step.clock("posterior"):
         post = posterior(step, fine, len(batch))
-    with step.clock("sums"):
-        per_image = add_samples(step, group, fine, post.gamma, batch, sums)
+    per_image = add_samples(step, group, fine, post.gamma, batch, sums)
     with step.clock("statistics"):
         residual = add_statistics(step, group, fine, post.gamma, per_image, batch, sums)
         return best_poses(step, group, fine, post, coarse, residual, batch)
@@ -261,23 +260,25 @@ def add_samples(step: Pass, group: Group, fine: Fine, gamma: Tensor, batch: Batc
     engine, w, frame, phases = step.engine, batch.windows, group.frame, group.fine_phases
     shell, n_shells = frame.pixels.shell[: frame.inside], frame.pixels.size // 2 + 1
     arrays = (w.masked * w.gain, w.gain.square(), w.unmasked * (w.data_gain * group.inverse), w.weight_gain * group.inverse)
-    measuring = scale_pixels(step, frame)
-    slices, row_slice, row_image, weights = weighted_rows(fine, gamma, len(batch), phases.shape[1])
+    measuring, one = scale_pixels(step, frame), len(step.volumes) == 1
+    with step.clock("sums"):
+        slices, row_slice, row_image, weights = weighted_rows(fine, gamma, len(batch), phases.shape[1])
     per_image = torch.zeros(len(batch), 4, dtype=torch.float64, device=gamma.device)
-    one = len(step.volumes) == 1
     into = (sums.data[0], sums.weight[0]) if one else (sums.data, sums.weight)
     for a, b, lo, hi in slices.chunks(row_slice, group.plan):
-        some = make_slices(step, slices, a, b, frame.coords)
-        part = accumulate(
-            some.values, row_slice[lo:hi] - a, row_image[lo:hi], weights[lo:hi], phases, *arrays, shell, n_shells, measuring,
-            slice_class=some.klass, implementation=engine.implementation,
-        )  # fmt: skip
-        data = part.data - part.weight * some.values if engine.residual else part.data
-        insert_(
-            *into, data, part.weight, some.rotations, frame.coords, engine.pad, which=some.which, implementation=engine.implementation
-        )
-        sums.sigma2[group.number][:n_shells] += part.power - 2 * part.cross
-        per_image.index_add_(0, row_image[lo:hi], part.rows.double())
+        with step.clock("sums"):
+            some = make_slices(step, slices, a, b, frame.coords)
+            part = accumulate(
+                some.values, row_slice[lo:hi] - a, row_image[lo:hi], weights[lo:hi], phases, *arrays, shell, n_shells, measuring,
+                slice_class=some.klass, implementation=engine.implementation,
+            )  # fmt: skip
+            data = part.data - part.weight * some.values if engine.residual else part.data
+            sums.sigma2[group.number][:n_shells] += part.power - 2 * part.cross
+            per_image.index_add_(0, row_image[lo:hi], part.rows.double())
+        with step.clock("insertion"):
+            insert_(
+                *into, data, part.weight, some.rotations, frame.coords, engine.pad, which=some.which, implementation=engine.implementation
+            )
     return per_image
 
 
