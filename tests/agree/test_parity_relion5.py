@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.agree.parity import BOX, DIAMETER, PAD, PIXEL, map_fsc, relative, relion_map, worst
 from torch import Tensor
 
 import frazil.steps.refine3d as step
@@ -30,8 +31,6 @@ from frazil.io.images import StackImages
 from frazil.io.particles import read_particles
 from frazil.io.star import read_star
 from frazil.jobs.refine_files import read_model, read_refinement
-from frazil.maths.fourier import map_from_half_volume, shell_round
-from frazil.maths.gridding import sinc2
 from frazil.maths.rotation import matrix_to_euler, rotation_angle
 from frazil.maths.symmetry import operators
 from frazil.refine import maximization as m_step
@@ -42,7 +41,6 @@ from frazil.steps.refine3d import Job, Refine3dParams, State, iterate, make_engi
 
 pytestmark = [pytest.mark.agree, pytest.mark.real]
 
-BOX, PIXEL, DIAMETER, PAD = 64, 3.54, 200.0, 2.0
 PROCESSES = json.loads((Path(__file__).parent / "relion_processes.json").read_text())
 SCALES = {n: {h: torch.tensor(PROCESSES[str(n)]["scales"][str(h)], dtype=torch.float64) for h in (1, 2)} for n in (4, 8)}
 PARAMS = Refine3dParams(initial_lowpass=25, symmetry="D2", diameter=DIAMETER, offset_range=6, offset_step=2.4, perturb=0)
@@ -135,25 +133,6 @@ def repeat(data: Path) -> Callable[..., Pair]:
         return Pair(ours, theirs, kept, match, columns, shells, process)
 
     return run
-
-
-def worst(ours: Tensor, theirs: Tensor, shells: slice) -> float:
-    """Largest relative difference over shells."""
-    a, b = ours.reshape(-1)[shells], theirs.reshape(-1)[shells]
-    return float(((a - b) / b).abs().max())
-
-
-def map_fsc(a: Tensor, b: Tensor) -> Tensor:
-    """(N/2+1,) correlation of two maps a shell."""
-    k = torch.fft.fftfreq(BOX, 1 / BOX, dtype=torch.float64)
-    shell = shell_round((k[:, None, None] ** 2 + k[None, :, None] ** 2 + k**2).sqrt()).long().flatten()
-    fa, fb = (torch.fft.fftn(x.double()).flatten() for x in (a, b))
-    cross, aa, bb = (torch.bincount(shell, v) for v in ((fa * fb.conj()).real, fa.abs().square(), fb.abs().square()))
-    return (cross / (aa * bb).sqrt())[: BOX // 2 + 1]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 ITERATIONS = pytest.mark.parametrize("n", [4, pytest.param(8, marks=pytest.mark.slow)])
@@ -259,20 +238,9 @@ def relion_maps(pair: Pair) -> list[Tensor]:
     sums = [m_step.prepare_sums_(s.data[0].clone(), s.weight[0].clone(), "D2") for s in pair.statistics]
     shared = math.ceil(BOX * PIXEL / 40)
     low = [m_step.low_resolution_part(d, w, PAD, shared) for d, w in sums]
-    out = []
     for h, (data, weight) in enumerate(sums):
         m_step.join_low_resolution_(data, weight, low[h], low[1 - h], PAD, shared)
-        m = data.shape[-1] - 1
-        line = torch.arange(-m, m + 1, dtype=torch.float64)
-        square = line[:, None, None] ** 2 + line[None, :, None] ** 2 + line[m:] ** 2
-        tau2 = pair.theirs.models[h].tau2[0][shell_round(square.sqrt() / PAD).long().clamp(max=BOX // 2)]
-        regularised = (square < (m - 1) ** 2) & (square.sqrt() / PAD >= 4.5)
-        prior = torch.where(regularised, 1 / (PAD**3 * tau2.clamp(min=1e-30)), 0)
-        volume = torch.where((square <= (m - 1) ** 2) & (weight > 0), data / (weight + prior).clamp(min=1e-300), 0)
-        density = m_step.soft_sphere_fill(map_from_half_volume(volume, PAD, BOX), BOX / 2, m_step.EDGE_PX)
-        density = density / sinc2(BOX, PAD, dtype=torch.float64)
-        out.append(m_step.flatten_solvent(density, PIXEL, DIAMETER, 5.0, None))
-    return out
+    return [relion_map(data, weight, pair.theirs.models[h].tau2[0]) for h, (data, weight) in enumerate(sums)]
 
 
 class TestWithTheScalesOfTheFile:

@@ -12,6 +12,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tests.jobs.refining import (
@@ -136,7 +137,7 @@ def test_a_resumed_run_works_in_as_much_memory_as_before(data: Path, tmp_path: P
     words = [word for word in command(data, tmp_path / "run") if word not in ("--gpu-memory", "1GB")]
     memory = namedtuple("memory", "available")
     for free, options in ((3 << 30, ("--iterations", "1")), (9 << 30, ("--iterations", "2", "--resume")), (1 << 29, ("--resume",))):
-        monkeypatch.setattr(job.psutil, "virtual_memory", lambda free=free: memory(free))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory(free))
         assert main([*words, *options]) == 0
     assert budgets == [1 << 30, 1 << 30, 1 << 28]  # the third time there is no longer room for it
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 JOBS = {
+    "class2d": "sort particle images into class averages, without a reference",
     "class3d": "sort particles into several maps",
     "refine3d": "refine particles against a reference: gold-standard map",
     "simulate": "particles with known truth, of a phantom or a map",
@@ -28,20 +29,39 @@ JOBS = {
     "reconstruct": "reconstruct a map from poses in a particle STAR file",
     "project": "project a map along given or random directions",
     "fsc": "Fourier shell correlation and resolution of two maps",
-    "map": "make, filter, cut, resample, mirror or describe a map",
+    "model-fsc": "map and half maps against an atomic model: FSC, Q-scores",
+    "report": "validation of a whole project on one page, with Table 1",
+    "map": "make, change, align, compare, convert or show maps",
     "mask": "soft solvent mask from a map, a model or a sphere",
     "postprocess": "corrected FSC, resolution, sharpened map of two half maps",
     "bench": "time standard tasks on this machine",
     "doctor": "devices, memory, versions, and what is missing here",
 }
 MAP_ACTIONS = {
-    "info": "size, pixel size, range and centre of mass of maps",
+    "info": "size, pixel size, range, origin and centre of mass of maps",
+    "picture": "central slices and projections as a PNG picture",
+    "convert": "another file format, MRC mode, or a mended header",
     "from-model": "density of an atomic model (PDB, mmCIF)",
     "sphere": "a soft sphere, as a mask or a first reference",
-    "lowpass": "low-pass filter a map",
+    "add": "add a map or a number",
+    "subtract": "subtract a map or a number",
+    "multiply": "multiply by a map or a number",
+    "divide": "divide by a map or a number",
+    "difference": "difference of two maps brought to one scale",
+    "normalise": "set mean and standard deviation",
+    "threshold": "cut off low or high values, or make them 0 and 1",
+    "lowpass": "remove what is finer than a resolution",
+    "highpass": "remove what is coarser than a resolution",
+    "bandpass": "keep what lies between two resolutions",
+    "b-factor": "sharpen or damp by a B-factor",
     "crop": "cut or pad a map to another box, same pixel size",
     "resample": "resample a map to another pixel size or box",
     "mirror": "the other hand of a map",
+    "shift": "move the density, or centre it",
+    "rotate": "turn (and mirror, and move) a map by given angles",
+    "symmetrise": "average a map over a point group",
+    "find-symmetry": "symmetry axes and point group of a map",
+    "align": "bring a map onto another: all orientations, shifts and both hands",
 }
 BENCH_ACTIONS = {"class3d": "3D classification of simulated ribosome-like particles"}
 ACTIONS = {"map": MAP_ACTIONS, "bench": BENCH_ACTIONS}

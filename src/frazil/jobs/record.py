@@ -84,8 +84,8 @@ def checksum(path: Path) -> str:
 
 
 def option_name(field: str) -> str:
-    """How a parameter is written on the command line: initial_lowpass → --initial-lowpass."""
-    return "--" + field.replace("_", "-")
+    """How a parameter is written on the command line: initial_lowpass → --initial-lowpass, continue_ → --continue."""
+    return "--" + field.strip("_").replace("_", "-")
 
 
 def input_files(params: BaseModel) -> dict[str, Path]:

@@ -1,27 +1,34 @@
 """frazil refine3d: particles and a rough reference in, a gold-standard map out. Files around steps/refine3d.py."""
 from __future__ import annotations
 
-import resource
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from frazil.data import BadInput, Particles, Volume
-from frazil.io.files import write_text
-from frazil.io.images import StackImages, find_bad, split_image_name
+from frazil.io.images import StackImages
 from frazil.io.mrc import write_mrc
-from frazil.io.particles import ANGLES, ParticleSet, open_images, read_particles, write_particles
+from frazil.io.particles import ANGLES, ParticleSet, write_particles
 from frazil.io.star import write_star
-from frazil.jobs.inputs import PIXEL_TOLERANCE, check_symmetry, read_cube, read_mask_for
+from frazil.jobs.inputs import check_symmetry, read_mask_for
+from frazil.jobs.particles_input import (
+    Subset,
+    load_reference,
+    memory_budget,
+    open_checked,
+    peak_memory,
+    read_table,
+    tick,
+    usable_particles,
+    warn_of_oddities,
+)
 from frazil.jobs.refine_files import model_blocks, optimiser_blocks, sampling_blocks
 from frazil.jobs.refine_report import refine3d_report
 from frazil.jobs.run import Run
-from frazil.maths.fourier import resolution_shell
 from frazil.refine.convergence import Progress
 from frazil.refine.model import Model, Poses
 from frazil.refine.sampling import Sampling
@@ -29,7 +36,6 @@ from frazil.steps.refine3d import Job, Refine3dParams, State, initial_state, mak
 
 POSITIONAL = ("particles",)
 HAS_RUN_DIRECTORY = True
-CPU_BUDGET = 0.5  # share of the free main memory a CPU run works in
 
 
 def _field(default: Any, text: str, level: str = "expert", *, may_change: bool = False, **limits: Any) -> Any:
@@ -57,13 +63,13 @@ class Params(Refine3dParams):
 def run(params: Params, run: Run) -> None:
     """Refine, writing a checkpoint an iteration, RELION's files and a report at the end."""
     table, images, reference, masks = load_input(params, run)
-    used = usable_particles(params, run, table, images)
+    used = usable_particles(run, table, images, lambda good: check_halves(params, table.particles, good))
     particles = table.particles[used]
-    warn_of_oddities(params, run, table, images, used)
+    warn_of_oddities(run, params.diameter, table, images, used)
     saved = run.load_checkpoint()
     budget = memory_budget(run, (saved or {}).get("budget", 0))
     settings = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
-    job = Job(_Subset(images, used), params, settings, *masks, tick=lambda done: tick(run, len(particles), done))
+    job = Job(Subset(images, used), params, settings, *masks, tick=lambda done: tick(run, len(particles), done))
     if saved is None:
         state = initial_state(job, particles, reference)
         size = f"box {reference.data.shape[-1]} px of {reference.pixel_size:g} Å"
@@ -81,22 +87,6 @@ def run(params: Params, run: Run) -> None:
     write_results(run, params, state, table, used)
 
 
-def tick(run: Run, total: int, done: int) -> None:
-    """Progress of an iteration; stops between batches when asked to."""
-    run.progress(done, total, "particles")
-    run.check_stop()
-
-
-class _Subset:
-    """The images of the particles in use, by their number among them."""
-
-    def __init__(self, images: StackImages, used: Tensor) -> None:
-        self._images, self._used = images, used
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[self._used[index]]
-
-
 def load_input(params: Params, run: Run) -> tuple[ParticleSet, StackImages, Volume, list[Tensor | None]]:
     """The table, its images (headers checked), the reference and the two masks: all that can be wrong without reading pixels."""
     check_symmetry(params.symmetry)
@@ -104,52 +94,20 @@ def load_input(params: Params, run: Run) -> tuple[ParticleSet, StackImages, Volu
         raise BadInput("--solvent-correct-fsc needs --mask: without a mask there is nothing to correct for")
     if params.max_order is not None and params.max_order < params.healpix_order:
         raise BadInput(f"--max-order {params.max_order} is below --healpix-order {params.healpix_order}, where the search starts; raise it")
-    table = read_particles(params.particles)
-    if not table.has_ctf:
-        raise BadInput(f"{params.particles}: label _rlnDefocusU is missing: refinement needs the CTF of every particle; estimate it first")
+    table = read_table(params.particles)
     if params.healpix_order >= params.local_from_order and not set(ANGLES) <= set(table.table):
         raise BadInput(
             f"{params.particles}: has no orientations (_rlnAngleRot, …) for the search to be local from the start; "
             f"raise --local-from-order above --healpix-order {params.healpix_order}"
         )
-    for g in table.particles.group.unique().tolist():
-        if (box := table.particles.optics[g].box) % 2:
-            raise BadInput(f"{params.particles}: optics group {g + 1} has an odd box of {box} px; re-extract with an even box")
-    room = int(CPU_BUDGET * psutil.virtual_memory().available) // 2  # they are kept in main memory, whatever computes
-    images = open_images(table, memory_budget=room, threads=run.threads)
-    images.check()
-    reference = load_reference(params, table.particles)
+    images = open_checked(table, run.threads)
+    reference = load_reference(params.reference, table.particles, params.initial_lowpass)
     masks = [None if path is None else read_mask_for(path, reference, params.reference) for path in (params.mask, params.mask2)]
     return table, images, reference, masks
 
 
-def load_reference(params: Params, particles: Particles) -> Volume:
-    """The reference, of the box and pixel size of the first optics group that has particles."""
-    volume, group = read_cube(params.reference), int(particles.group.min())
-    box, first = volume.data.shape[-1], particles.optics[group]
-    whose = "the particles'" if len(particles.optics) == 1 else f"that of the particles in optics group {group + 1}"
-    remedy = "`frazil map resample` changes box and pixel size, `frazil map crop` the box alone"
-    if box != first.box:
-        raise BadInput(f"{params.reference}: box {box} px, but {whose} is {first.box} px; {remedy}")
-    if abs(volume.pixel_size - first.pixel_size) > PIXEL_TOLERANCE * first.pixel_size:
-        raise BadInput(f"{params.reference}: pixel size {volume.pixel_size:g} Å, but {whose} is {first.pixel_size:g} Å; {remedy}")
-    if float(volume.data.max()) == float(volume.data.min()):
-        raise BadInput(f"{params.reference}: every voxel is {float(volume.data.max()):g}; expected a map of the particle")
-    if resolution_shell(box, first.pixel_size, params.initial_lowpass) < 1:
-        side = f"{box * first.pixel_size:g} Å"
-        raise BadInput(f"--initial-lowpass {params.initial_lowpass:g} leaves nothing of {params.reference}, {side} a side; give fewer Å")
-    return Volume(volume.data.float(), first.pixel_size)
-
-
-def usable_particles(params: Params, run: Run, table: ParticleSet, images: StackImages) -> Tensor:
-    """Indices of the particles whose images can be used; the others are counted and listed in dropped_particles.txt."""
-    particles, names = table.particles, table.image_names
-    keep = torch.ones(len(particles), dtype=torch.bool)
-    reasons = {}
-    for index, reason in zip(find_bad(images, torch.arange(len(particles)), particles.group), ("not finite", "constant"), strict=True):
-        keep[index] = False
-        reasons |= dict.fromkeys(index.tolist(), reason)
-    used = torch.nonzero(keep)[:, 0]
+def check_halves(params: Params, particles: Particles, used: Tensor) -> None:
+    """Raise BadInput unless both half sets have particles to work with."""
     if len(used) < 4:
         raise BadInput(f"{params.particles}: {len(used)} usable particles of {len(particles)}; two half sets need at least 4")
     counts = [int((particles.half[used] == h).sum()) for h in (1, 2)]
@@ -158,67 +116,6 @@ def usable_particles(params: Params, run: Run, table: ParticleSet, images: Stack
             f"{params.particles}: _rlnRandomSubset puts {counts[0]} usable particles in half 1 and {counts[1]} in half 2; "
             f"remove the column to have them split at random"
         )
-    if reasons:
-        first = min(reasons)
-        write_text(run.file("dropped_particles.txt"), "".join(f"{names[i]}\t{reasons[i]}\n" for i in sorted(reasons)))
-        run.warn(
-            f"{len(reasons)} of {len(particles)} particles are constant or hold NaN and are left out "
-            f"(first: row {first + 1}, {names[first]}); dropped_particles.txt lists them"
-        )
-    return used
-
-
-def warn_of_oddities(params: Params, run: Run, table: ParticleSet, images: StackImages, used: Tensor) -> None:
-    """Warn of what can be refined but is probably a mistake."""
-    particles, names = table.particles, table.image_names
-    optics = [particles.optics[g] for g in particles.group[used].unique().tolist()]
-    smallest = min(o.box * o.pixel_size for o in optics)
-    if params.diameter > smallest:
-        run.warn(f"--diameter {params.diameter:g} is larger than the box ({smallest:g} Å), nothing is masked; give the particle's own in Å")
-    if 0 < params.diameter < 4 * max(o.pixel_size for o in optics):
-        run.warn(f"--diameter {params.diameter:g} is only a few pixels; it is in Å, not in nm or pixels")
-    copies = len(names) - len({split_image_name(name) for name in names})
-    if copies:
-        run.warn(f"{copies} of {len(names)} rows repeat the image of an earlier row; copies in both half sets inflate the resolution")
-    warn_unnormalised(run, params, particles, images, used)
-
-
-def warn_unnormalised(run: Run, params: Params, particles: Particles, images: StackImages, used: Tensor) -> None:
-    """Warn if the background of the first particles is not mean 0, sd 1 (spec 1.6)."""
-    some = used[particles.group[used] == particles.group[used[0]]][:100]
-    optics = particles.optics[int(particles.group[used[0]])]
-    n = optics.box
-    y, x = torch.meshgrid(*(2 * [torch.arange(n) - n // 2]), indexing="ij")
-    radius = (params.diameter if params.diameter > 0 else n * optics.pixel_size) / (2 * optics.pixel_size)
-    outside = images[some][:, torch.hypot(y.float(), x.float()) > min(radius, n / 2 - 1)]
-    sd, mean = outside.std(1), outside.mean(1)
-    off = (mean.abs() > 0.5 * sd) | (sd < 0.5) | (sd > 2)
-    if float(off.float().mean()) > 0.5:
-        found = f"background mean {float(mean.mean()):.2f}, sd {float(sd.mean()):.2f}"
-        run.warn(f"particles look un-normalised: {found}, expected 0 and 1; re-extract them")
-
-
-def memory_budget(run: Run, before: int = 0) -> int:
-    """Bytes the engine may work in: what --gpu-memory says, else 90 % of a GPU's free memory or about half of the main memory.
-
-    The budget decides the batches, these the rounding of sums, and rounding which of two like samples counts: a resumed run keeps
-    what it had `before` if there is room, and main memory goes by powers of two, so that a repeated run gives the same map.
-    """
-    if run.gpu_memory:
-        if run.device.type == "cuda":  # makes torch give cached blocks back rather than pass the limit
-            torch.cuda.set_per_process_memory_fraction(min(1.0, run.gpu_memory / torch.cuda.mem_get_info(run.device)[1]), run.device)
-        return run.gpu_memory
-    free = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else psutil.virtual_memory().available
-    if 0 < before < free:
-        return before
-    return int(0.9 * free) if run.device.type == "cuda" else 1 << (int(CPU_BUDGET * free).bit_length() - 1)
-
-
-def peak_memory(run: Run) -> int:
-    """Most bytes held so far: reserved on the GPU, or resident in main memory."""
-    if run.device.type == "cuda":
-        return torch.cuda.max_memory_reserved(run.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def record(run: Run, params: Params, state: State) -> None:

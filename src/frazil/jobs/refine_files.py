@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from frazil.data import BadInput, Particles
-from frazil.io.mrc import read_map
+from frazil.io.images import split_image_name
+from frazil.io.mrc import read_map, read_stack
 from frazil.io.particles import ParticleSet, read_particles
 from frazil.io.star import Block, read_star
 from frazil.maths.fourier import resolution_shell
@@ -18,6 +20,7 @@ from frazil.maths.sphere import angular_step
 from frazil.refine.convergence import Progress
 from frazil.refine.model import Model, Poses
 from frazil.refine.sampling import Sampling, make_grid
+from frazil.steps.classify import ClassifyParams
 from frazil.steps.refine3d import Refine3dParams, State
 
 
@@ -32,6 +35,21 @@ def resolution_columns(shells: int, box: int, pixel_size: float) -> dict[str, np
     }
 
 
+def general_block(model: Model, progress: Progress, sampling: Sampling, groups: int, settings: tuple[float, float]) -> dict[str, Any]:
+    """model_general; settings: padding and tau_fudge."""
+    sigma, box, a = sampling.sigma or 0.0, model.box, model.pixel_size
+    return {
+        "rlnReferenceDimensionality": model.maps.ndim - 1, "rlnDataDimensionality": 2, "rlnOriginalImageSize": box,
+        "rlnCurrentResolution": box * a / max(progress.shell, 1), "rlnCurrentImageSize": progress.size, "rlnPaddingFactor": settings[0],
+        "rlnIsHelix": 0, "rlnFourierSpaceInterpolator": 1, "rlnMinRadiusNnInterpolation": 10, "rlnPixelSize": a,
+        "rlnNrClasses": model.classes, "rlnNrBodies": 1, "rlnNrGroups": groups, "rlnNrOpticsGroups": len(model.sigma2),
+        "rlnTau2FudgeFactor": settings[1], "rlnNormCorrectionAverage": model.norm_average,
+        "rlnSigmaOffsetsAngst": model.sigma_offset, "rlnOrientationalPriorMode": int(sampling.sigma is not None),
+        "rlnSigmaPriorRotAngle": sigma, "rlnSigmaPriorTiltAngle": sigma, "rlnSigmaPriorPsiAngle": sigma,
+        "rlnLogLikelihood": model.log_likelihood, "rlnAveragePmax": model.ave_pmax,
+    }  # fmt: skip
+
+
 def model_blocks(
     model: Model, state: State, params: Refine3dParams, names: list[str], map_files: list[str], counts: Tensor
 ) -> dict[str, Block]:
@@ -39,50 +57,57 @@ def model_blocks(
 
     names: micrographs; counts: particles of each in this half; map_files: a map a class.
     """
-    p, s, box, a = state.progress, state.sampling, model.box, model.pixel_size
-    sigma = s.sigma or 0.0
+    p, box, a = state.progress, model.box, model.pixel_size
     resolution = box * a / max(p.shell, 1)
     blocks: dict[str, Block] = {
-        "model_general": {
-            "rlnReferenceDimensionality": 3, "rlnDataDimensionality": 2, "rlnOriginalImageSize": box,
-            "rlnCurrentResolution": resolution, "rlnCurrentImageSize": p.size, "rlnPaddingFactor": params.pad,
-            "rlnIsHelix": 0, "rlnFourierSpaceInterpolator": 1, "rlnMinRadiusNnInterpolation": 10, "rlnPixelSize": a,
-            "rlnNrClasses": model.classes, "rlnNrBodies": 1, "rlnNrGroups": len(names), "rlnNrOpticsGroups": len(model.sigma2),
-            "rlnTau2FudgeFactor": params.tau_fudge, "rlnNormCorrectionAverage": model.norm_average,
-            "rlnSigmaOffsetsAngst": model.sigma_offset, "rlnOrientationalPriorMode": int(s.sigma is not None),
-            "rlnSigmaPriorRotAngle": sigma, "rlnSigmaPriorTiltAngle": sigma, "rlnSigmaPriorPsiAngle": sigma,
-            "rlnLogLikelihood": model.log_likelihood, "rlnAveragePmax": model.ave_pmax,
-        },
+        "model_general": general_block(model, p, state.sampling, len(names), (params.pad, params.tau_fudge)),
         "model_classes": pd.DataFrame({
             "rlnReferenceImage": map_files, "rlnClassDistribution": model.pdf_class.numpy(),
             "rlnAccuracyRotations": p.accuracy_rotation, "rlnAccuracyTranslationsAngst": p.accuracy_shift,
             "rlnEstimatedResolution": resolution, "rlnOverallFourierCompleteness": model.coverage.mean(1).numpy(),
         }),
     }  # fmt: skip
-    shells = box // 2 + 1
+    fsc = model.fsc.numpy()
+    return blocks | class_spectra(model, fsc) | groups_and_noise(model, state.particles, names, counts) | direction_priors(model)
+
+
+def class_spectra(model: Model, fsc: np.ndarray | None = None) -> dict[str, Block]:
+    """A table of spectra a class; fsc: between half maps, zeros without them."""
+    shells, blocks = model.box // 2 + 1, {}
     for k in range(model.classes):
         blocks[f"model_class_{k + 1}"] = pd.DataFrame({
-            **resolution_columns(shells, box, a),
-            "rlnSsnrMap": model.data_vs_prior[k].numpy(), "rlnGoldStandardFsc": model.fsc.numpy(),
+            **resolution_columns(shells, model.box, model.pixel_size),
+            "rlnSsnrMap": model.data_vs_prior[k].numpy(), "rlnGoldStandardFsc": np.zeros(shells) if fsc is None else fsc,
             "rlnFourierCompleteness": model.coverage[k].numpy(), "rlnReferenceSigma2": model.sigma2_map[k].numpy(),
             "rlnReferenceTau2": model.tau2[k].numpy(),
         })  # fmt: skip
-    blocks["model_groups"] = pd.DataFrame({
+    return blocks
+
+
+def groups_and_noise(model: Model, particles: Particles, names: list[str], counts: Tensor) -> dict[str, Block]:
+    """Scales of the micrographs (`names`, with so many particles each), noise of the optics groups."""
+    blocks: dict[str, Block] = {"model_groups": pd.DataFrame({
         "rlnGroupNumber": np.arange(1, len(names) + 1), "rlnGroupName": names, "rlnGroupNrParticles": counts.numpy(),
         "rlnGroupScaleCorrection": model.scales.numpy(),
-    })  # fmt: skip
+    })}  # fmt: skip
     noise: list[pd.DataFrame] = []
-    for g, (sigma2, optics) in enumerate(zip(model.sigma2, state.particles.optics, strict=True), 1):
+    for g, (sigma2, optics) in enumerate(zip(model.sigma2, particles.optics, strict=True), 1):
         columns = resolution_columns(len(sigma2), optics.box, optics.pixel_size)
         del columns["rlnAngstromResolution"]
         blocks[f"model_optics_group_{g}"] = pd.DataFrame({**columns, "rlnSigma2Noise": sigma2.numpy()})
-        scale = optics.box * optics.pixel_size / (box * a)
-        noise.append(noise_of_model_shells(sigma2, scale, resolution_columns(shells, box, a)))
-    for m, g in enumerate(optics_of_micrographs(state.particles), 1):  # where RELION 3.1 looks for the noise
+        scale = optics.box * optics.pixel_size / (model.box * model.pixel_size)
+        noise.append(noise_of_model_shells(sigma2, scale, resolution_columns(model.box // 2 + 1, model.box, model.pixel_size)))
+    for m, g in enumerate(optics_of_micrographs(particles), 1):  # where RELION 3.1 looks for the noise
         blocks[f"model_group_{m}"] = noise[g]
-    for k in range(model.classes):
-        blocks[f"model_pdf_orient_class_{k + 1}"] = pd.DataFrame({"rlnOrientationDistribution": model.pdf_direction[k].numpy()})
     return blocks
+
+
+def direction_priors(model: Model) -> dict[str, Block]:
+    """The prior of the directions of every class."""
+    return {
+        f"model_pdf_orient_class_{k + 1}": pd.DataFrame({"rlnOrientationDistribution": model.pdf_direction[k].numpy()})
+        for k in range(model.classes)
+    }
 
 
 def noise_of_model_shells(sigma2: Tensor, scale: float, columns: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -117,11 +142,11 @@ def sampling_blocks(state: State, params: Refine3dParams) -> dict[str, Block]:
 
 
 # What RELION asks for but frazil has no choice about: no gradient descent, no helices, no bodies, CTF always.
-_FIXED_SETTINGS = {
-    "rlnDoSplitRandomHalves": 1, "rlnDoAutoRefine": 1, "rlnDoAutoSampling": 0, "rlnDoSkipAlign": 0, "rlnDoSkipRotate": 0,
-    "rlnDoMapEstimation": 1, "rlnDoFastSubsetOptimisation": 0, "rlnDoExternalReconstruct": 0, "rlnDoBlush": 0, "rlnDoCenterClasses": 0,
+FIXED_SETTINGS = {
+    "rlnDoAutoSampling": 0,
+    "rlnDoMapEstimation": 1, "rlnDoFastSubsetOptimisation": 0, "rlnDoExternalReconstruct": 0, "rlnDoBlush": 0,
     "rlnBodyStarFile": "None", "rlnTauSpectrumName": "None", "rlnFourierMask": "None", "rlnLocalSymmetryFile": "None",
-    "rlnMaximumCoarseImageSize": -1, "rlnHighresLimitExpectation": -1.0, "rlnLowresLimitExpectation": -1.0,
+    "rlnMaximumCoarseImageSize": -1, "rlnLowresLimitExpectation": -1.0,
     "rlnDoStochasticGradientDescent": 0, "rlnDoStochasticEM": 0, "rlnDoGradientRefine": 0,
     "rlnSgdInitialIterations": 0, "rlnSgdFinalIterations": 0, "rlnSgdInBetweenIterations": 0, "rlnSgdInitialResolution": -1.0,
     "rlnSgdFinalResolution": -1.0, "rlnSgdInitialSubsetSize": -1, "rlnSgdFinalSubsetSize": -1, "rlnSgdMuFactor": 0.0,
@@ -132,8 +157,27 @@ _FIXED_SETTINGS = {
     "rlnHelicalMaskTubeOuterDiameter": -1.0, "rlnHelicalSymmetryLocalRefinement": 0, "rlnHelicalSigmaDistance": -1.0,
     "rlnHelicalKeepTiltPriorFixed": 0, "rlnDoCorrectCtf": 1, "rlnCtfDataArePhaseFlipped": 0, "rlnDoOnlyFlipCtfPhases": 0,
     "rlnRefsAreCtfCorrected": 1, "rlnFixSigmaNoiseEstimates": 0, "rlnFixSigmaOffsetEstimates": 0, "rlnMaxNumberOfPooledParticles": 1,
-    "rlnHasLargeSizeIncreaseIterationsAgo": 0, "rlnChangesOptimalClasses": 0.0, "rlnSmallestChangesClasses": 0,
+    "rlnHasLargeSizeIncreaseIterationsAgo": 0,
 }  # fmt: skip
+
+
+def settings_and_counters(progress: Progress, params: Refine3dParams | ClassifyParams, seed: int) -> dict[str, Any]:
+    """What optimiser.star says of any job that aligns particles: its settings, and how far it is."""
+    p = progress
+    return {
+        "rlnCurrentIteration": p.iteration, "rlnNumberOfIterations": params.iterations, "rlnRandomSeed": seed,
+        "rlnTau2FudgeArg": params.tau_fudge, "rlnAdaptiveOversampleOrder": params.oversampling,
+        "rlnAdaptiveOversampleFraction": params.adaptive_fraction, "rlnMaximumSignificantPoses": params.max_significant,
+        "rlnParticleDiameter": params.diameter, "rlnWidthMaskEdge": round(params.mask_edge), "rlnDoZeroMask": int(params.zero_mask),
+        "rlnDoSolventFlattening": int(params.flatten_solvent), "rlnDoCorrectNorm": int(params.norm), "rlnDoCorrectScale": int(params.scale),
+        "rlnDoIgnoreCtfUntilFirstPeak": int(params.ctf_intact_first_peak),
+        "rlnIncrementImageSize": p.increment, "rlnHasConverged": int(p.converged), "rlnHasHighFscAtResolLimit": int(p.high_fsc),
+        "rlnNumberOfIterWithoutResolutionGain": p.no_gain, "rlnNumberOfIterWithoutChangingAssignments": p.no_change,
+        "rlnOverallAccuracyRotations": p.accuracy_rotation, "rlnOverallAccuracyTranslationsAngst": p.accuracy_shift,
+        "rlnChangesOptimalOrientations": p.change_rotation, "rlnChangesOptimalOffsets": p.change_shift,
+        "rlnChangesOptimalClasses": p.change_class, "rlnSmallestChangesClasses": int(p.smallest_class),
+        "rlnSmallestChangesOrientations": p.smallest_rotation, "rlnSmallestChangesOffsets": p.smallest_shift,
+    }  # fmt: skip
 
 
 def optimiser_blocks(state: State, params: Refine3dParams, seed: int, files: dict[str, str]) -> dict[str, Block]:
@@ -146,20 +190,11 @@ def optimiser_blocks(state: State, params: Refine3dParams, seed: int, files: dic
         "rlnOutputRootName": files["root"], "rlnModelStarFile": files["model1"], "rlnModelStarFile2": files["model2"],
         "rlnExperimentalDataStarFile": files["data"], "rlnOrientSamplingStarFile": files["sampling"],
         "rlnSolventMaskName": files["mask"], "rlnSolventMask2Name": files["mask2"],
-        "rlnCurrentIteration": p.iteration, "rlnNumberOfIterations": params.iterations, "rlnRandomSeed": seed,
-        "rlnJoinHalvesUntilThisResolution": params.low_resolution_join, "rlnTau2FudgeArg": params.tau_fudge,
-        "rlnAdaptiveOversampleOrder": params.oversampling, "rlnAdaptiveOversampleFraction": params.adaptive_fraction,
-        "rlnMaximumSignificantPoses": params.max_significant, "rlnAutoLocalSearchesHealpixOrder": params.local_from_order,
-        "rlnParticleDiameter": params.diameter, "rlnWidthMaskEdge": round(params.mask_edge), "rlnDoZeroMask": int(params.zero_mask),
-        "rlnDoSolventFlattening": int(params.flatten_solvent), "rlnDoSolventFscCorrection": int(params.solvent_correct_fsc),
-        "rlnDoCorrectNorm": int(params.norm), "rlnDoCorrectScale": int(params.scale),
-        "rlnDoIgnoreCtfUntilFirstPeak": int(params.ctf_intact_first_peak),
-        "rlnIncrementImageSize": p.increment, "rlnHasConverged": int(p.converged), "rlnHasHighFscAtResolLimit": int(p.high_fsc),
-        "rlnBestResolutionThusFar": p.shell / (model.box * model.pixel_size), "rlnNumberOfIterWithoutResolutionGain": p.no_gain,
-        "rlnNumberOfIterWithoutChangingAssignments": p.no_change,
-        "rlnOverallAccuracyRotations": p.accuracy_rotation, "rlnOverallAccuracyTranslationsAngst": p.accuracy_shift,
-        "rlnChangesOptimalOrientations": p.change_rotation, "rlnChangesOptimalOffsets": p.change_shift,
-        "rlnSmallestChangesOrientations": p.smallest_rotation, "rlnSmallestChangesOffsets": p.smallest_shift, **_FIXED_SETTINGS,
+        "rlnJoinHalvesUntilThisResolution": params.low_resolution_join, "rlnAutoLocalSearchesHealpixOrder": params.local_from_order,
+        "rlnDoSolventFscCorrection": int(params.solvent_correct_fsc),
+        "rlnBestResolutionThusFar": p.shell / (model.box * model.pixel_size),
+        "rlnDoSplitRandomHalves": 1, "rlnDoAutoRefine": 1, "rlnDoSkipAlign": 0, "rlnDoSkipRotate": 0, "rlnDoCenterClasses": 0,
+        "rlnHighresLimitExpectation": -1.0, **settings_and_counters(p, params, seed), **FIXED_SETTINGS,
     }}  # fmt: skip
 
 
@@ -172,9 +207,10 @@ def read_model(path: Path, folder: Path) -> Model:
         return torch.from_numpy(np.asarray(star[block][label], dtype=np.float64).copy())
 
     k = len(classes["rlnReferenceImage"])
-    maps = [read_map(_beside(path, folder, str(name))).data for name in classes["rlnReferenceImage"]]
+    maps = read_references(path, folder, [str(name) for name in classes["rlnReferenceImage"]])
     each = lambda label: torch.stack([column(f"model_class_{i + 1}", label) for i in range(k)])  # noqa: E731
     has_fsc = "rlnGoldStandardFsc" in star["model_class_1"]
+    offsets = [column("model_classes", f"rlnClassPriorOffset{x}") for x in "XY" if f"rlnClassPriorOffset{x}" in classes]
     return Model(
         maps=torch.stack(maps), pixel_size=float(general["rlnPixelSize"]),
         sigma2=tuple(column(f"model_optics_group_{g + 1}", "rlnSigma2Noise") for g in range(int(general["rlnNrOpticsGroups"]))),
@@ -184,11 +220,21 @@ def read_model(path: Path, folder: Path) -> Model:
         tau2=each("rlnReferenceTau2"), data_vs_prior=each("rlnSsnrMap"),
         fsc=column("model_class_1", "rlnGoldStandardFsc") if has_fsc else torch.zeros(maps[0].shape[-1] // 2 + 1, dtype=torch.float64),
         sigma2_map=each("rlnReferenceSigma2"), coverage=each("rlnFourierCompleteness"), ave_pmax=float(general["rlnAveragePmax"]),
-        log_likelihood=float(general["rlnLogLikelihood"]),
+        log_likelihood=float(general["rlnLogLikelihood"]), prior_offset=torch.stack(offsets, 1) if offsets else None,
     )  # fmt: skip
 
 
-def _beside(path: Path, folder: Path, name: str) -> Path:
+def read_references(path: Path, folder: Path, names: list[str]) -> list[Tensor]:
+    """(N, N, N) maps, or (N, N) class averages "number@stack", that a model.star names."""
+    if not any("@" in name for name in names):
+        return [read_map(beside(path, folder, name)).data for name in names]
+    placed = [split_image_name(name) for name in names]
+    stacks = {stack: read_stack(beside(path, folder, stack)) for stack in {stack for _, stack in placed}}
+    return [stacks[stack][number - 1] for number, stack in placed]
+
+
+def beside(path: Path, folder: Path, name: str) -> Path:
+    """The file a STAR file names, below `folder`, beside the STAR file, or as it is; raises BadInput where it is nowhere."""
     for candidate in (folder / name, path.parent / Path(name).name, Path(name)):
         if candidate.exists():
             return candidate
@@ -198,7 +244,7 @@ def _beside(path: Path, folder: Path, name: str) -> Path:
 def read_refinement(optimiser: Path, folder: Path) -> tuple[State, ParticleSet]:
     """State of an auto-refinement after an iteration, from its optimiser.star and the files that names (RELION's or ours)."""
     general = dict(read_star(optimiser)["optimiser_general"])
-    find = lambda label: _beside(optimiser, folder, str(general[label]))  # noqa: E731
+    find = lambda label: beside(optimiser, folder, str(general[label]))  # noqa: E731
     models = (read_model(find("rlnModelStarFile"), folder), read_model(find("rlnModelStarFile2"), folder))
     s = dict(read_star(find("rlnOrientSamplingStarFile"))["sampling_general"])
     particles = read_particles(find("rlnExperimentalDataStarFile"))

@@ -1,0 +1,143 @@
+"""What the jobs class2d and class3d do alike: run the iterations, record and write them, go on after a stop or from files."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frazil.data import BadInput
+from frazil.io.particles import ANGLES, ParticleSet
+from frazil.io.star import read_star
+from frazil.jobs.classify_files import Output, host_copy, pack_state, resolutions, write_iteration
+from frazil.jobs.particles_input import peak_memory
+from frazil.jobs.run import Run
+from frazil.jobs.writer import Writer
+from frazil.steps.classify import UNKNOWN, ClassifyJob, ClassifyParams, ClassifyState, classify
+
+
+class DeviceLost(RuntimeError):
+    """The GPU stopped working in the middle of a run; what was written stands."""
+
+
+@contextmanager
+def device_errors(run: Run) -> Iterator[None]:
+    """Say clearly what happened when a GPU has no memory left, or is gone."""
+    again = f"--resume with --output {run.path} goes on after the last whole iteration"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceLost(
+            f"{run.device} has too little memory even for the smallest batches; free some, or use fewer classes or --pad 1; {again}"
+        ) from error
+    except torch.AcceleratorError as error:
+        what = str(error).splitlines()[0]
+        raise DeviceLost(f"{run.device} does not answer any more ({what}); {again}, with --device cpu if it stays away") from error
+
+
+def check_counts(params: ClassifyParams, used: Tensor, total: int, path: Path | None) -> None:
+    """Raise BadInput unless there are at least as many particles as classes, and two of them."""
+    if len(used) < max(2, params.classes):
+        raise BadInput(
+            f"{path}: {len(used)} usable particles of {total} for --classes {params.classes}; each class needs at least one (and all two)"
+        )
+
+
+def check_poses(params: ClassifyParams, table: ParticleSet, local: bool = False) -> None:
+    """Raise BadInput where orientations are to be kept that the table does not have, or options exclude each other."""
+    kept = "--skip-align" if params.skip_align else "--skip-rotate" if params.skip_rotate else "--sigma-ang" if local else ""
+    if params.skip_align and params.skip_rotate:
+        raise BadInput("--skip-align and --skip-rotate: give one; --skip-align keeps shifts as well as orientations")
+    if local and kept != "--sigma-ang":
+        raise BadInput(f"--sigma-ang searches orientations, {kept} keeps them; give one of the two")
+    if kept and not set(ANGLES) <= set(table.table):
+        raise BadInput(f"{table.path}: has no orientations (_rlnAngleRot, …), which {kept} starts from; refine the particles first")
+
+
+def run_iterations(
+    run: Run, job: ClassifyJob, state: ClassifyState, out: Output, write_every: int, budget: int,
+    loop: Callable[[ClassifyJob, ClassifyState], Iterator[ClassifyState]] = classify,
+    pack: Callable[[ClassifyState], dict[str, Any]] = pack_state,
+) -> ClassifyState:  # fmt: skip
+    """The rest of a classification: every iteration recorded, checkpointed, and every so many written. Returns the last state.
+
+    loop: yields the states; pack: what of one goes to the checkpoint. Files are written while the next iteration is computed. Of several
+    processes only the first writes.
+    """
+    params, first = job.params, job.world.rank == 0
+    run.check_stop()
+    with device_errors(run), Writer() as writer:
+        for state in loop(job, state):  # noqa: B020 (the last state is what is left)
+            number = state.progress.iteration
+            record(run, state)
+            if first:
+                copy, last = host_copy(state), number == params.iterations
+                if last or (write_every and number % write_every == 0):
+                    writer.do(lambda copy=copy, last=last: write_iteration(out, copy(), last=last))
+                writer.newest("checkpoint", lambda copy=copy: run.save_checkpoint({**pack(copy()), "budget": budget}))
+            run.check_stop()
+    return state
+
+
+def record(run: Run, state: ClassifyState) -> None:
+    """One line for people, one event for the page and the report."""
+    p, model, each = state.progress, state.model, resolutions(state)
+    side = model.box * model.pixel_size
+    counts = torch.bincount(state.poses.klass, minlength=model.classes)
+    run.event(
+        "iteration", iteration=p.iteration, box=model.box, pixel_size=model.pixel_size, resolution=side / max(p.shell, 1),
+        current_size=p.size, coarse_size=p.coarse_size, peak_gb=peak_memory(run) / 1e9, healpix_order=state.sampling.order,
+        local=state.sampling.sigma is not None, psi_step=state.sampling.coarse_step, offset_range=state.sampling.offset_range,
+        offset_step=state.sampling.offset_step, accuracy_rotation=p.accuracy_rotation, accuracy_shift=p.accuracy_shift,
+        pmax=model.ave_pmax, changes_rotation=p.change_rotation, changes_shift=p.change_shift, changes_class=p.change_class,
+        sigma_offset=model.sigma_offset, log_likelihood=model.log_likelihood,
+        significant=float(state.poses.significant.double().mean()), seconds=sum(state.seconds.values()), phases=state.seconds,
+        occupancy=model.pdf_class.tolist(), class_counts=counts.tolist(), class_resolution=each.tolist(),
+        class_accuracy=state.accuracy.tolist(), sigma2_noise=[s.tolist() for s in model.sigma2],
+    )  # fmt: skip
+    shares = " ".join(f"{100 * share:.1f}" for share in model.pdf_class.tolist()) if model.classes <= 12 else f"{model.classes} classes"
+    accuracy = f", accuracy {p.accuracy_rotation:.1f}° {p.accuracy_shift:.1f} Å" if p.accuracy_rotation < UNKNOWN else ""
+    run.note(
+        f"iteration {p.iteration}: resolution {side / max(p.shell, 1):.2f} Å, window {p.size} px, occupancy {shares} %, "
+        f"{100 * p.change_class:.1f} % changed class{accuracy}, {sum(state.seconds.values()):.1f} s"
+    )
+    for k in state.emptied:
+        if float(model.pdf_class[k]) > 0:
+            run.warn(f"class {k + 1} was almost empty after iteration {p.iteration} and starts anew from half of the largest class")
+        else:
+            run.warn(f"class {k + 1} is empty after iteration {p.iteration}: its map is zero from now on; fewer --classes may do, or "
+                     f"--reseed-below 0.05 starts such classes anew")  # fmt: skip
+
+
+def kept_settings(params: ClassifyParams, general: dict[str, str], model: Path, sampling: Path, pixel_size: float) -> dict[str, Any]:
+    """Parameters as the files of an iteration have them, for those the user did not give (spec 8.6)."""
+    m, s = dict(read_star(model)["model_general"]), dict(read_star(sampling)["sampling_general"])
+    number = lambda label, default: float(general.get(label) or default)  # noqa: E731
+    flag = lambda label, default: bool(int(number(label, default)))  # noqa: E731
+    first = lambda label, default: float(s.get(f"{label}Original", s.get(label, default)))  # noqa: E731
+    strict = number("rlnHighresLimitExpectation", -1)
+    found: dict[str, Any] = {
+        "iterations": int(number("rlnNumberOfIterations", 25)), "tau_fudge": float(m["rlnTau2FudgeFactor"]),
+        "pad": float(m["rlnPaddingFactor"]), "diameter": number("rlnParticleDiameter", -1), "mask_edge": number("rlnWidthMaskEdge", 5),
+        "zero_mask": flag("rlnDoZeroMask", 1), "flatten_solvent": flag("rlnDoSolventFlattening", 1),
+        "norm": flag("rlnDoCorrectNorm", 1), "scale": flag("rlnDoCorrectScale", 1),
+        "ctf_intact_first_peak": flag("rlnDoIgnoreCtfUntilFirstPeak", 0), "skip_align": flag("rlnDoSkipAlign", 0),
+        "skip_rotate": flag("rlnDoSkipRotate", 0), "oversampling": int(number("rlnAdaptiveOversampleOrder", 1)),
+        "adaptive_fraction": number("rlnAdaptiveOversampleFraction", 0.999),
+        "max_significant": int(number("rlnMaximumSignificantPoses", -1)),
+        "strict_highres": strict if strict > 0 else None, "perturb": float(s["rlnSamplingPerturbFactor"]),
+        "offset_range": first("rlnOffsetRange", 0) / pixel_size, "offset_step": first("rlnOffsetStep", 0) / pixel_size,
+        "healpix_order": int(first("rlnHealpixOrder", 2)), "symmetry": str(s.get("rlnSymmetryGroup", "C1")),
+        "sigma_ang": float(m["rlnSigmaPriorRotAngle"]) if int(m["rlnOrientationalPriorMode"]) else None,
+        "psi_step": first("rlnPsiStep", 12),
+        "mask": path_or_none(general.get("rlnSolventMaskName")), "mask2": path_or_none(general.get("rlnSolventMask2Name")),
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if name in type(params).model_fields and name not in params.model_fields_set}
+
+
+def path_or_none(name: str | None) -> Path | None:
+    """The path a STAR file names, None for "None" and nothing."""
+    return None if name in (None, "", "None", "none") else Path(name)
