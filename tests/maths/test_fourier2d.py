@@ -63,7 +63,8 @@ def test_hermitian_column_is_that_of_the_volumes_plane(rng):
 def test_shell_means_of_a_radial_function(how):
     """A function of the shell alone has it as means, in a plane as in a volume."""
     m, pad, shells = 11, 2.0, 8
-    volume, plane = ((r / pad if how.get("floor") else r / pad + 0.5).long().double() ** 2 for r in (half_volume_radii(m), half_plane_radii(m)))
+    shift = 0.0 if how.get("floor") else 0.5
+    volume, plane = ((r / pad + shift).long().double() ** 2 for r in (half_volume_radii(m), half_plane_radii(m)))
     found = shell_means_of_planes(torch.stack([plane, 2 * plane]), pad, shells, **how)
     expected = torch.arange(shells, dtype=torch.float64) ** 2
     expected[6:] = 0  # the circle ends at |p| = 10

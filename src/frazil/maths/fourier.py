@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PRODUCT = 1 << 25  # elements of a chunk of a transform by products
+
 
 def shell_round(x: Tensor) -> Tensor:
     """Nearest integer, halves away from zero (torch.round goes to even: wrong for shells and pre-shifts)."""
@@ -139,11 +141,15 @@ def transform_axis(data: Tensor, dim: int, transform: Callable[[Tensor], Tensor]
 
 
 def padded_ft(volume: Tensor, pad: float, r_max: int) -> Tensor:
-    """Half volume (see module docstring) of a map (N, N, N) zero-padded P times, up to shell r_max.
+    """Half volume (see module docstring) of a map (N, N, N) zero-padded P times, up to shell r_max; half plane of an image (N, N).
 
     Each axis is transformed on its own and cropped at once, so that a low r_max costs little and nothing of side P·N cubed is held:
     by FFTs of the padded axis on a CPU, as a product with the few waves that are wanted on a GPU, where that is faster at any size.
     """
+    if volume.ndim == 2:  # an image, a 2D reference: its half plane
+        from frazil.maths.fourier2d import padded_planes  # which imports this module
+
+        return padded_planes(volume, pad, r_max)
     n = volume.shape[-1]
     big, m = round_half_away(pad * n), half_volume_radius(pad, r_max)
     if volume.is_cuda:
@@ -192,8 +198,11 @@ def _padded_by_products(volume: Tensor, big: int, m: int) -> Tensor:
     ft = torch.view_as_complex((volume.reshape(n * n, n) @ right).view(n, n, m + 1, 2))  # (z, y, kx)
     wave = _waves(both, n, big, ft)
     ft = ft.transpose(1, 2) @ wave  # (z, kx, ky)
-    ft = wave.T @ ft.reshape(n, -1)  # (kz, kx·ky)
-    return ft.view(2 * m + 1, m + 1, 2 * m + 1).transpose(1, 2).contiguous()
+    out = ft.new_empty(2 * m + 1, 2 * m + 1, m + 1)
+    for part in torch.arange(m + 1).split(max(1, PRODUCT // (2 * m + 1) ** 2)):
+        x = slice(int(part[0]), int(part[-1]) + 1)
+        out[:, :, x] = (wave.T @ ft[:, x].reshape(n, -1)).view(2 * m + 1, len(part), 2 * m + 1).transpose(1, 2)
+    return out
 
 
 def _cropped_by_products(half: Tensor, big: int, box: int) -> Tensor:

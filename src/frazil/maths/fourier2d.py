@@ -2,8 +2,8 @@
 
     V(p) = (1/N²) Σ_x v(x) exp(−2πi p·(x − N/2)/(P N)),   p on the grid of the box padded P times
 
-A *half plane* is a centred half transform (2M+1, M+1), M = round(P r_max) + 1: element [y+M, x] holds p = (x, y), x ≥ 0, zero for |p| > M − 1: the plane
-z = 0 of a half volume (fourier.py), which ops.project and ops.insert turn by the in-plane angle alone.
+A *half plane* is a centred half transform (2M+1, M+1), M = round(P r_max) + 1: element [y+M, x] holds p = (x, y), x ≥ 0, zero for
+|p| > M − 1: the plane z = 0 of a half volume (fourier.py), which ops.project and ops.insert turn by the in-plane angle alone.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,10 +44,11 @@ def expected_accuracy(
 ) -> tuple[float, float]:
     """(degrees, Å) expected error of rotation and shift, mean over `particles` at their present poses.
 
-    For each particle one of rot, tilt, psi and one of x, y is drawn; the squared difference of CTF-modulated slices over 2σ² is followed
-    up a ladder of errors to ln 100.
+    For each particle one of rot, tilt, psi (2D classes: psi) and one of x, y is drawn; the squared difference of CTF-modulated slices
+    over 2σ² is followed up a ladder of errors to ln 100.
     """
-    volume = reference_volumes(model, size, engine)[klass]
+    # Only this class's transform is made.
+    volume, flat = reference_volumes(replace(model, maps=model.maps[klass : klass + 1]), size, engine)[0], model.maps.ndim == 3
     angles, shifts = ladder(ANGLES), ladder(SHIFTS)
     rotation_errors, shift_errors = [], []
     for g, optics in enumerate(particles.optics):
@@ -62,7 +64,8 @@ def expected_accuracy(
             c = particle_ctf(particles, some, frame.k, optics, engine).double() * frame.amplitude
             weight = c.square() * (c.square() if optics.ctf_premultiplied else 1) * inverse
             euler = matrix_to_euler(particles.rotation[some])[:, None].repeat(1, len(angles), 1)
-            euler[torch.arange(n), :, torch.randint(3, (n,), generator=generator)] += angles
+            turned = torch.randint(3, (n,), generator=generator)
+            euler[torch.arange(n), :, torch.full_like(turned, 2) if flat else turned] += angles
             rotations = euler_to_matrix(euler.reshape(-1, 3)).to(device=engine.device, dtype=engine.dtype)
             slices = project(volume, rotations, frame.coords, engine.pad, implementation=engine.implementation).view(n, len(angles), -1)
             difference = torch.einsum("nep,np->ne", (slices - slices[:, :1]).abs().square(), weight.to(slices.real))

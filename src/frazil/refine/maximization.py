@@ -174,7 +174,7 @@ def reconstruct(
 
 def soft_sphere_fill(density: Tensor, radius: float, edge: float) -> Tensor:
     """The map inside a sphere with a cosine edge towards the weighted mean outside it."""
-    mask = soft_sphere(density.shape[-1], radius, edge).to(density)
+    mask = soft_sphere(density.shape[-1], radius, edge, density.device, density.dtype)
     outside = ((1 - mask) * density).sum() / (1 - mask).sum().clamp(min=1e-12)
     return mask * density + (1 - mask) * outside
 
@@ -186,7 +186,7 @@ def flatten_solvent(
     box = density.shape[-1]
     if mask is None:
         radius = diameter / (2 * pixel_size) if diameter > 0 else box / 2 - edge
-        mask = soft_sphere(box, radius, edge)
+        mask = soft_sphere(box, radius, edge, density.device, density.dtype)
     out = density * mask.to(density)
     if mask2 is not None:
         m2 = mask2.to(density)
@@ -222,6 +222,14 @@ def update_scales(statistics: Statistics, old: Model, particles_per_micrograph: 
     return torch.where(present, s / mean, old.scales)
 
 
+def class_offsets(model: Model, statistics: Statistics) -> Tensor | None:
+    """(K, 2) mean offset of every class in Å where the model has such (2D), by the class's own weight; an empty class keeps its old one."""
+    if model.prior_offset is None:
+        return None
+    share = statistics.direction.sum(1)[:, None]
+    return torch.where(share > 0, statistics.offset_sum / share.clamp(min=1e-300), model.prior_offset)
+
+
 def update_parameters(
     model: Model, statistics: Statistics, boxes: list[int], per_micrograph: Tensor, *, cc: bool, norm: bool, scale: bool
 ) -> Model:
@@ -235,6 +243,7 @@ def update_parameters(
         sigma_offset=max(statistics.offset2 / (2 * float(total)), 2.0) ** 0.5,
         pdf_class=statistics.direction.sum(1) / total,
         pdf_direction=statistics.direction / total,
+        prior_offset=class_offsets(model, statistics),
         ave_pmax=statistics.pmax / float(total),
         log_likelihood=statistics.log_likelihood,
     )

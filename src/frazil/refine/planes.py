@@ -1,0 +1,113 @@
+"""The M-step of 2D classes, all of them at once (spec/refinement 3 with κ = P², half planes for half volumes).
+
+    τ²_k(r) = ½ mean |V_k|²      SSNR_k(r) = mean κ T τ²_k W_k      V_k = B_k / (W_k + 1/(κ T τ²_k))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from frazil.maths.fourier import shell_round
+from frazil.maths.fourier2d import half_plane_radii, hermitian_planes, images_from_planes, padded_planes, shell_means_of_planes
+from frazil.maths.gridding import sinc2
+from frazil.maths.masks import mask_images, radii, soft_circle
+from frazil.refine.classes import Reconstruction
+from frazil.refine.maximization import EDGE_PX, MIN_SHELL
+from frazil.refine.model import Statistics
+from frazil.refine.windows import Engine, pre_shift_images
+
+
+def reference_planes(maps: Tensor, size: int, engine: Engine) -> Tensor:
+    """(K, 2M+1, M+1) half planes of class averages (K, N, N), divided by the interpolation's sinc² before padding (spec 3.5)."""
+    correction = interpolation(maps.shape[-1], engine)
+    return padded_planes(maps.to(correction) / correction, engine.pad, size // 2)
+
+
+def interpolation(box: int, engine: Engine) -> Tensor:
+    """(N, N) what linear interpolation multiplies an average by."""
+    return sinc2(box, engine.pad, device=engine.device, dtype=engine.dtype, dims=2)
+
+
+def plane_power(maps: Tensor, size: int, engine: Engine) -> Tensor:
+    """(K, N/2+1) float64 signal variance τ² of class averages (K, N, N), up to the window `size`, as the E-step sees them (spec 3.3a)."""
+    ft = reference_planes(maps, size, engine)
+    power = ft.real.square() + ft.imag.square()
+    return 0.5 * shell_means_of_planes(power, engine.pad, maps.shape[-1] // 2 + 1).cpu()
+
+
+def reconstruct_planes(statistics: Statistics, tau2: Tensor, box: int, engine: Engine, place: str) -> Reconstruction:
+    """Averages of all classes from their sums and T·τ² (K, N/2+1), on the device `place`; a class without weight becomes zeros."""
+    pad, kappa = engine.pad, engine.pad**2
+    data, weight = hermitian_planes(statistics.data), hermitian_planes(statistics.weight)
+    strict = shell_means_of_planes(weight, pad, box // 2 + 1, strict=True).cpu() * kappa
+    ft, coverage = divide(data, weight, tau2.to(device=data.device, dtype=torch.float64), pad)
+    maps = images_from_planes(ft, pad, box).to(engine.dtype)
+    maps = mask_images(maps, box / 2, EDGE_PX) / interpolation(box, engine)
+    maps[(strict.amax(-1) <= 0).to(maps.device)] = 0
+    sigma2_map = torch.where(strict > 0, 1 / strict.clamp(min=1e-300), 0)
+    return Reconstruction(maps.to(place), data_vs_prior(weight, tau2, pad), sigma2_map, coverage.cpu())
+
+
+def data_vs_prior(weight: Tensor, tau2: Tensor, pad: float) -> Tensor:
+    """(K, N/2+1) SSNR mean(κ T τ² W) of half planes of weights; tau2 holds T·τ² (spec 3.3a)."""
+    return shell_means_of_planes(weight, pad, tau2.shape[-1], strict=True).cpu() * pad**2 * tau2.cpu()
+
+
+def divide(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float) -> tuple[Tensor, Tensor]:
+    """(V, coverage) of half planes (K, 2M+1, M+1): B / W_reg inside the circle, direct division (3.3), tau2 (K, N/2+1) or None: no prior.
+
+    coverage (K, shells) is the fraction of elements a shell with κ τ² W ≥ 1 (zeros without a prior).
+    """
+    m, kappa = data.shape[-1] - 1, pad**2
+    radius = half_plane_radii(m, data.device)
+    shells = tau2.shape[-1] if tau2 is not None else int((m - 1) / pad + 0.5) + 1
+    shell, floor_shell = (radius / pad + 0.5).long(), (radius / pad).long()
+    w, coverage = weight.double(), torch.zeros(len(data), shells, dtype=torch.float64, device=data.device)
+    reg = w
+    if tau2 is not None:
+        t = tau2[:, shell.clamp(max=shells - 1)]
+        none = torch.where(w > 1e-20, 1 / (0.001 * w.clamp(min=1e-300)), 0)
+        prior = torch.where(t > 1e-20, 1 / (kappa * t.clamp(min=1e-300)), none)
+        reg = torch.where(shell >= MIN_SHELL, w + prior, w)
+        coverage = shell_means_of_planes((kappa * t * w >= 1).double(), pad, shells)
+    inside = radius <= m - 1
+    last = int(floor_shell[inside].max())
+    least = shell_means_of_planes(reg, pad, last + 1, floor=True)[:, floor_shell.clamp(max=last)] / 1000
+    reg = torch.maximum(reg, least)
+    return torch.where(inside & (reg > 0), data / reg.clamp(min=1e-300), 0), coverage
+
+
+def flatten_planes(
+    maps: Tensor, pixel_size: float, diameter: float, edge: float, mask: Tensor | None, mask2: Tensor | None = None
+) -> Tensor:
+    """Class averages (K, N, N) times a solvent mask (N, N), or a circle of the particle's diameter; mask2: a region set to its own mean."""
+    box = maps.shape[-1]
+    if mask is None:
+        mask = soft_circle(box, diameter / (2 * pixel_size) if diameter > 0 else box / 2 - edge, edge)
+    out = maps * mask.to(maps)
+    if mask2 is not None:
+        region = mask2.to(maps)
+        mean = (maps * region).sum((-2, -1), keepdim=True) / region.sum().clamp(min=1e-12)
+        out = out * (1 - region) + mean * region
+    return out
+
+
+def centre_offsets(maps: Tensor, reach: float) -> Tensor:
+    """(K, 2) int64 xy: whole pixels that bring the centre of mass of each average (K, N, N) to pixel N/2, no farther than `reach` px.
+
+    The mass is what stands out of the solvent: values above a tenth of the average's highest. Averages hold mass of both signs, so that
+    the first moment of all values has no bound.
+    """
+    n = maps.shape[-1]
+    mass = (maps.double() - 0.1 * maps.amax((-2, -1), keepdim=True).double()).clamp(min=0) * (radii(n, 2, maps.device) <= n / 2)
+    line = torch.arange(n, device=maps.device, dtype=torch.float64) - n // 2
+    total = mass.sum((-2, -1)).clamp(min=1e-300)
+    centre = torch.stack([(mass.sum(-2) * line).sum(-1), (mass.sum(-1) * line).sum(-1)], -1) / total[:, None]
+    length = centre.norm(dim=-1, keepdim=True)
+    return shell_round(-centre * (reach / length.clamp(min=1e-12)).clamp(max=1)).long()
+
+
+def moved(maps: Tensor, shift: Tensor) -> Tensor:
+    """Averages (K, N, N) moved by whole pixels (K, 2) xy, zeros coming in."""
+    return pre_shift_images(maps, shift)
