@@ -31,7 +31,8 @@ SCALING: dict[str, list[dict[str, int]]] = {
 WARM = 2  # iterations before the timed ones: cross-correlation, random classes
 PHASES = {
     "windows": ("windows",), "coarse": ("coarse slices", "coarse products", "thresholds"),
-    "fine": ("fine slices", "fine products", "posterior"), "sums": ("sums",), "insertion": ("insertion",), "statistics": ("statistics", "reference", "neighbours"), "M-step": ("M-step",),
+    "fine": ("fine slices", "fine products", "posterior"), "sums": ("sums",), "insertion": ("insertion",),
+    "statistics": ("statistics", "reference", "neighbours"), "M-step": ("M-step",),
 }  # fmt: skip
 
 
@@ -69,7 +70,7 @@ class Measured:
     state: ClassifyState
 
 
-def run(params: Class3dBench, run: None) -> None:
+def run(params: Class3dBench) -> None:
     """Print a table, append lines to --output."""
     device = local_device(str(resolve_device(params.device)))
     world = join(device)
@@ -129,8 +130,11 @@ def prepare(params: Class3dBench, made: ClassSet, device: str, world: World, pix
         classes=params.classes, iterations=params.iterations, tau_fudge=4, initial_lowpass=60,
         diameter=320 / (360 * 1.34) * params.box * pixel_size,
     )  # fmt: skip
-    budget = parse_memory(params.gpu_memory)
+    budget, images = parse_memory(params.gpu_memory), made.images
     if device.startswith("cuda"):
+        if budget:  # as from a file
+            images = images.cpu()
+            del made
         if budget:
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / torch.cuda.mem_get_info(device)[1]), device)
         budget = budget or int(0.9 * torch.cuda.mem_get_info(device)[0])
@@ -185,7 +189,7 @@ def coarse_work(job: ClassifyJob, state: ClassifyState, on_gpu: bool) -> tuple[f
     for _ in range(4):
         wait(device)
         start = time.perf_counter()
-        a @ b.T
+        torch.mm(a, b.T)
         wait(device)
         best = min(best, time.perf_counter() - start)
     torch.backends.cuda.matmul.fp32_precision = before
@@ -273,4 +277,4 @@ def append(path: Path, params: Class3dBench, found: Measured, device: str, proce
         raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
 
 
-ACTIONS = {"class3d": Action(Class3dBench, (), run)}
+ACTIONS = {"class3d": Action(Class3dBench, (), lambda params, _run: run(params))}

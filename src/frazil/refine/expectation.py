@@ -37,7 +37,7 @@ from frazil.refine.search import (
     old_offset,
 )
 from frazil.refine.timing import Clock
-from frazil.refine.windows import Engine, Frame, Windows, make_frame, make_windows
+from frazil.refine.windows import Engine, Frame, Windows, make_frame, windows_in_parts
 
 log = logging.getLogger("frazil.refine")
 
@@ -116,7 +116,7 @@ def expectation(
         sums = sums or new_sums(step, particles.optics, len(particles.micrographs), plan.sum_dtype)
         for index, only in batches(members, assigned, plan.images):
             with clock("windows"):
-                windows = make_windows(images[index], particles, index, frame, model, engine, g)
+                windows = windows_in_parts(images, particles, index, frame, model, engine, g, plan.window_images)
                 batch = make_batch(step, group, particles, index, windows)
             lost += run_batch(step, group, batch, only, sums, poses)
             done += len(index)

@@ -10,6 +10,8 @@ import torch
 from frazil.maths.fourier import half_volume_radius
 
 LEAST = 64 << 20  # bytes worked in, whatever the volumes take
+MOST = 24 << 30  # and at most: larger batches are no faster
+WINDOW_PIXELS = 1 << 27  # of the images that are transformed at once, at most
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Plan:
     """How much is worked on at once."""
 
     images: int  # particles in a batch
+    window_images: int  # particles whose whole images are in work at once, while their windows are cut out
     slices: int  # slices in a chunk
     users: int  # what is compared with them in a chunk: rows (slice, image), or entries of the fine pass
     entries: int  # significant coarse samples whose children are scored at once
@@ -62,10 +65,11 @@ def make_plan(shape: Shape, budget: int, shrink: int = 1) -> Plan:
     sums = {real: shape.classes * half_volume_bytes(shape, 3 * real) for real in (4, 8)}
     double = shape.real == 8 or (not shape.on_gpu and reference + sums[8] < budget // 2)
     fixed = reference + sums[8 if double else 4]
-    working = max(budget - fixed, budget // 20, LEAST) // shrink
-    image_bytes = shape.pixels * 18 * shape.real + shape.box**2 * 8 * shape.real
+    working = min(max(budget - fixed, budget // 20, LEAST), MOST) // shrink
+    whole_bytes = shape.box**2 * 8 * shape.real
     return Plan(
-        images=max(1, working // 3 // image_bytes),
+        images=max(1, working // 4 // (shape.pixels * 20 * shape.real)),
+        window_images=max(1, min(working // 4 // whole_bytes, WINDOW_PIXELS // shape.box**2)),
         slices=max(8, working // 6 // (shape.pixels * 6 * shape.real)),
         users=max(256, working // 8 // (shape.shifts * 4 * shape.real)),
         entries=max(1024, working // 6 // (shape.children * (shape.real + 12))),
@@ -74,6 +78,11 @@ def make_plan(shape: Shape, budget: int, shrink: int = 1) -> Plan:
         working=working,
         scores=working // 6 if shape.on_gpu else 0,
     )
+
+
+def keep_on_device(classes: int, box: int, flat: bool, budget: int) -> bool:
+    """Whether the maps of all classes, three times over (old, new, and in work), leave half of the budget free."""
+    return 3 * 4 * classes * box ** (2 if flat else 3) < budget // 2
 
 
 def table(budget: int, boxes: tuple[int, ...] = (200, 256, 300, 360, 400, 512, 600, 800)) -> list[tuple[int, float, float, int]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from frazil.data import Particles
 from frazil.maths.fourier import padded_ft
+from frazil.maths.fourier2d import padded_planes
 from frazil.maths.gridding import sinc2
 from frazil.ops.compare import candidates, compare
 from frazil.ops.project import project
@@ -80,7 +81,15 @@ def reference_volumes(model: Model, size: int, engine: Engine) -> Tensor:
     """(K, …) half volumes of the references, divided by the interpolation's sinc² before padding (spec 3.5)."""
     dims = model.maps.ndim - 1
     correction = sinc2(model.box, engine.pad, device=engine.device, dtype=engine.dtype, dims=dims)
-    return torch.stack([padded_ft(v.to(correction) / correction, engine.pad, size // 2) for v in model.maps])
+    if dims == 2:
+        return padded_planes(model.maps.to(correction) / correction, engine.pad, size // 2)
+    first = padded_ft(model.maps[0].to(correction) / correction, engine.pad, size // 2)[None]
+    if len(model.maps) == 1:
+        return first
+    out = first.new_empty(len(model.maps), *first.shape[1:])
+    for k, volume in enumerate(model.maps):
+        out[k] = padded_ft(volume.to(correction) / correction, engine.pad, size // 2) if k else first[0]
+    return out
 
 
 def make_pass(
@@ -369,6 +378,8 @@ class Fine:
 def fine_pass(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, y: Tensor, q: Tensor, old: Tensor) -> Fine:
     """Pass 2: the children of significant coarse samples in the fine window."""
     grid, engine = step.grid, step.engine
+    p = len(group.coarse_phases) if engine.strict else group.frame.inside
+    y, q, coords, phases = y[:, :p], q[:, :p], group.frame.coords[:p], group.fine_phases[:p]
     with step.clock("thresholds"):
         order = torch.argsort(coarse.orientation * len(y) + coarse.image, stable=True)
         coarse, prior = coarse[order], log_orientation[order]
@@ -384,10 +395,10 @@ def fine_pass(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, 
         value = torch.empty(len(prior), *sizes, dtype=engine.dtype, device=prior.device)
     for a, b, lo, hi in slices.chunks(orientation, group.plan, unit=grid.children):
         with step.clock("fine slices"):
-            some = make_slices(step, slices, a, b, group.frame.coords).values
+            some = make_slices(step, slices, a, b, coords).values
         with step.clock("fine products"):
             value[lo:hi] = score(
                 some, orientation[lo:hi] - a // grid.children, coarse.image[lo:hi], coarse.shift[lo:hi], prior[lo:hi], y, q,
-                group.fine_phases, children=sizes, cc=step.cc, implementation=engine.implementation,
+                phases, children=sizes, cc=step.cc, implementation=engine.implementation,
             )  # fmt: skip
     return Fine(slices, orientation, coarse.image, coarse.shift, value)

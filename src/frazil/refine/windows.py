@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frazil.data import Optics, Particles
+from frazil.data import Images, Optics, Particles
 from frazil.maths.ctf import ctf, odd_phase
 from frazil.maths.fourier import PixelList, full_half_plane, image_from_ft, image_ft, pixel_list, shell_round
 from frazil.maths.masks import mask_images
@@ -30,6 +30,7 @@ class Engine:
     correct_scale: bool = True
     ctf_mode: str = "normal"
     residual: bool = False  # back-project X − s c P V, not X (gradient methods, spec 5.2)
+    strict: bool = False  # the fine pass compares in the coarse window too (--strict_highres_exp of spec 2.6); sums are of the whole window
     subpixel: bool = False  # move the images by the whole old shift, its fraction too (nothing is searched around it)
     relion_form: bool = False  # RELION 5's own offset prior, local prior and fine window: for tests of parity (CONVENTIONS.md)
     device: str = "cpu"
@@ -181,6 +182,15 @@ def particle_ctf(particles: Particles, index: Tensor, k: Tensor, optics: Optics,
     """(b, p) CTF of particles at k (p, 2) in 1/Å."""
     at = [getattr(particles, f)[index].to(k.device) for f in ("defocus", "phase_shift", "b_factor", "ctf_scale")]
     return ctf(k, at[0], at[1], at[2], at[3], optics, mode=engine.ctf_mode).to(engine.dtype)
+
+
+def windows_in_parts(images: Images, particles: Particles, index: Tensor, frame: Frame, model: Model, engine: Engine, group: int,
+                     most: int) -> Windows:
+    """The batch `index` of particles, at most so many whole images in work at once."""
+    parts = [make_windows(images[some], particles, some, frame, model, engine, group) for some in index.split(most)]
+    if len(parts) == 1:
+        return parts[0]
+    return Windows(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
 def make_windows(images: Tensor, particles: Particles, index: Tensor, frame: Frame, model: Model, engine: Engine, group: int) -> Windows:

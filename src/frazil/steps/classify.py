@@ -33,6 +33,7 @@ from frazil.refine.initial import initial_noise
 from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import World, with_less_memory
+from frazil.refine.planner import keep_on_device
 from frazil.refine.sampling import Sampling, fixed_grid, make_grid
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine
@@ -145,7 +146,8 @@ def make_engine(
 def initial_state(job: ClassifyJob, particles: Particles, references: Tensor, pixel_size: float) -> ClassifyState:
     """Iteration 0 from K references (K, N, …), or from one for all classes, which are then seeded at random (spec 2.3)."""
     p, engine, n = job.params, job.engine, references.shape[-1]
-    maps = lowpass_map(references.to(device=engine.device, dtype=engine.dtype), pixel_size, p.initial_lowpass, dims=job.form.dims)
+    place = engine.device if keep_on_device(p.classes, n, job.form.dims == 2, engine.budget) else "cpu"
+    maps = lowpass_map(references.to(device=place, dtype=engine.dtype), pixel_size, p.initial_lowpass, dims=job.form.dims)
     assigned = None
     if len(maps) < p.classes:
         generator = torch.Generator().manual_seed(engine.seed)
@@ -294,7 +296,8 @@ def expect(
             assigned=None if assigned is None else assigned[mine],
         )  # fmt: skip
 
-    statistics, poses, seconds = with_less_memory(job.engine, work)
+    engine = replace(job.engine, subpixel=p.skip_align, strict=p.strict_highres is not None)
+    statistics, poses, seconds = with_less_memory(engine, work)
     return world.total(statistics), world.gather(poses, n), seconds
 
 

@@ -113,46 +113,53 @@ def _tile_best(even, odd, offset, shift, best, n, shifts, h, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _histogram(even, odd, offset, shift, best, top, hist, depth, n, shifts, h,  # noqa: ANN001, ANN202
+def _histogram(even, odd, offset, shift, best, top, hist, depth, n, shifts, h, tiles,  # noqa: ANN001, ANN202
                BLOCK: tl.constexpr, N: tl.constexpr):  # noqa: N803
-    """hist[image, (top − L)·N/depth] counts the hypotheses above top − depth."""
-    row, k, mate, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    """hist[image, (top − L)·N/depth] counts the hypotheses above top − depth. A program a row; most look at its tiles' best only."""
+    row = tl.program_id(0).to(tl.int64)
     high = tl.load(top + row // shifts)
-    if tl.load(best + (row * 2 + mate) * tiles + k) >= high - depth:
-        j = k * BLOCK + tl.arange(0, BLOCK)
-        v = _values(even, odd, offset, shift, row, mate, j, j < h, n, shifts, h)
-        inside = v >= high - depth
-        # What lies outside goes to one more bin, which is never read.
-        bin = tl.where(inside, tl.minimum((high - tl.where(inside, v, high)) * (N / depth), N - 1.0), N).to(tl.int32)
-        counts = tl.histogram(bin, 2 * N)
-        at = tl.arange(0, 2 * N)
-        tl.atomic_add(hist + (row // shifts) * N + at, counts, mask=(at < N) & (counts > 0))
+    for place in range(2 * tiles):
+        if tl.load(best + row * 2 * tiles + place) >= high - depth:
+            j = (place % tiles) * BLOCK + tl.arange(0, BLOCK)
+            v = _values(even, odd, offset, shift, row, place // tiles, j, j < h, n, shifts, h)
+            inside = v >= high - depth
+            # What lies outside goes to one more bin, which is never read.
+            bin = tl.where(inside, tl.minimum((high - tl.where(inside, v, high)) * (N / depth), N - 1.0), N).to(tl.int32)
+            counts = tl.histogram(bin, 2 * N)
+            at = tl.arange(0, 2 * N)
+            tl.atomic_add(hist + (row // shifts) * N + at, counts, mask=(at < N) & (counts > 0))
 
 
 @triton.jit
-def _count(even, odd, offset, shift, best, floor, count, n, shifts, h, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
-    """count[row, mate, tile] of hypotheses with L ≥ floor of their image; zero where the tile's best is below."""
-    row, k, mate, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    low, place = tl.load(floor + row // shifts), (row * 2 + mate) * tiles + k
-    if tl.load(best + place) >= low:
-        j = k * BLOCK + tl.arange(0, BLOCK)
-        v = _values(even, odd, offset, shift, row, mate, j, j < h, n, shifts, h)
-        tl.store(count + place, tl.sum((v >= low).to(tl.int32), 0))
+def _count(even, odd, offset, shift, best, floor, count, n, shifts, h, tiles, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """count[row] of hypotheses of both mates with L ≥ floor of their image."""
+    row = tl.program_id(0).to(tl.int64)
+    low = tl.load(floor + row // shifts)
+    total = 0
+    for place in range(2 * tiles):
+        if tl.load(best + row * 2 * tiles + place) >= low:
+            j = (place % tiles) * BLOCK + tl.arange(0, BLOCK)
+            v = _values(even, odd, offset, shift, row, place // tiles, j, j < h, n, shifts, h)
+            total += tl.sum((v >= low).to(tl.int32), 0)
+    tl.store(count + row, total)
 
 
 @triton.jit
-def _list(even, odd, offset, shift, floor, count, start, flat, value, n, shifts, h, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _list(even, odd, offset, shift, best, floor, start, flat, value, n, shifts, h, tiles,  # noqa: ANN001, ANN202
+          BLOCK: tl.constexpr):  # noqa: N803
     """Write flat = (row·2 + mate)·h + index, and L, of the counted hypotheses."""
-    row, k, mate, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    place = (row * 2 + mate) * tiles + k
-    if tl.load(count + place) > 0:
-        low = tl.load(floor + row // shifts)
-        j = k * BLOCK + tl.arange(0, BLOCK)
-        v = _values(even, odd, offset, shift, row, mate, j, j < h, n, shifts, h)
-        ok = v >= low
-        at = tl.load(start + place) + tl.cumsum(ok.to(tl.int32), 0) - 1
-        tl.store(flat + at, (row * 2 + mate) * h + j, mask=ok)
-        tl.store(value + at, v, mask=ok)
+    row = tl.program_id(0).to(tl.int64)
+    low, at = tl.load(floor + row // shifts), tl.load(start + row)
+    for place in range(2 * tiles):
+        if tl.load(best + row * 2 * tiles + place) >= low:
+            mate = place // tiles
+            j = (place % tiles) * BLOCK + tl.arange(0, BLOCK)
+            v = _values(even, odd, offset, shift, row, mate, j, j < h, n, shifts, h)
+            ok = v >= low
+            put = at + tl.cumsum(ok.to(tl.int32), 0) - 1
+            tl.store(flat + put, (row * 2 + mate) * h + j, mask=ok)
+            tl.store(value + put, v, mask=ok)
+            at += tl.sum(ok.to(tl.int32), 0)
 
 
 def _floor_by_fraction(hist: Tensor, top: Tensor, depth: float, fraction: float) -> tuple[Tensor, Tensor]:
@@ -179,9 +186,8 @@ def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, cc: bool
     floor = top.clone() if cc else top - depth
     if fraction < 1 and not cc:
         hist = torch.zeros(n, BINS, dtype=torch.int32, device=top.device)
-        grid = (n * shifts, tiles.shape[3], 2)
         high = torch.where(top.isneginf(), torch.inf, top)  # nothing comes near that: an image without hypotheses is passed over
-        _histogram[grid](*given, tiles, high, hist, depth, n, shifts, h, BLOCK=TILE, N=BINS)
+        _histogram[(n * shifts,)](*given, tiles, high, hist, depth, n, shifts, h, tiles.shape[3], BLOCK=TILE, N=BINS)
         edge, left_out = _floor_by_fraction(hist, top, depth, fraction)
         floor = torch.maximum(floor, edge)
     return top, torch.where(top.isneginf(), torch.inf, floor), left_out
@@ -220,13 +226,13 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
         tiles = power.new_empty(n, shifts, 2, grid[1])
         _tile_best[grid](*given, tiles, n, shifts, h, BLOCK=TILE)
         best[part], floor, left_out[part] = _floors(given, tiles, depth, fraction, cc)
-        count = torch.zeros(tiles.numel(), dtype=torch.int32, device=device)
-        _count[(*grid, 2)](*given, tiles, floor, count, n, shifts, h, BLOCK=TILE)
+        count = torch.empty(n * shifts, dtype=torch.int32, device=device)
+        _count[grid[:1]](*given, tiles, floor, count, n, shifts, h, grid[1], BLOCK=TILE)
         end = count.cumsum(0, dtype=torch.int64)
         flat = torch.empty(int(end[-1]), dtype=torch.int64, device=device)
         value = power.new_empty(len(flat))
         if len(flat):
-            _list[(*grid, 2)](*given, floor, count, end - count, flat, value, n, shifts, h, BLOCK=TILE)
+            _list[grid[:1]](*given, tiles, floor, end - count, flat, value, n, shifts, h, grid[1], BLOCK=TILE)
         image = flat // (2 * h * shifts)
         if cc:  # of equals the first
             once = torch.ones_like(image, dtype=torch.bool)
