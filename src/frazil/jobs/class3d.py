@@ -1,7 +1,6 @@
 """frazil class3d: particles and one or several rough references in, K maps out. Files around steps/class3d.py."""
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from frazil.io.particles import ParticleSet, match_by_image_name
 from frazil.io.star import read_star
 from frazil.jobs.class_report import class_report
 from frazil.jobs.classify_files import Output, part_of, read_classification, resolutions, seeded_anew, unpack_state
-from frazil.jobs.classify_run import check_counts, check_poses, device_errors, kept_settings, run_iterations
+from frazil.jobs.classify_run import check_counts, check_poses, device_errors, kept_settings, placed, run_iterations
 from frazil.jobs.inputs import check_same_grid, check_symmetry, read_cube, read_mask_for
 from frazil.jobs.particles_input import (
     Subset,
@@ -163,15 +162,14 @@ def first_state(
     """Where to begin: the checkpoint of a stopped run, the files of --continue, or the references."""
     saved, continued_from, references = before
     if saved is not None:
-        state = unpack_state(saved, particles, job.engine.device)
+        state = unpack_state(saved, particles)
         run.note(f"resuming after iteration {state.progress.iteration}")
-        return state
+        return placed(state, job.engine)
     k = job.params.classes
     if continued_from is not None:
         state = part_of(continued_from, used)
-        maps = state.model.maps.to(device=job.engine.device, dtype=job.engine.dtype)
         run.note(f"{len(particles)} particles, {k} classes, going on after iteration {state.progress.iteration}")
-        return seeded_anew(replace(state, model=replace(state.model, maps=maps)), job.params, run.seed)
+        return seeded_anew(placed(state, job.engine), job.params, run.seed)
     maps = torch.stack([v.data for v in references])
     size = f"box {references[0].data.shape[-1]} px of {references[0].pixel_size:g} Å"
     run.note(f"{len(particles)} particles in {len(particles.micrographs)} micrographs, {k} classes, {size}")

@@ -248,7 +248,7 @@ def pack_state(state: ClassifyState) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def unpack_state(saved: dict[str, Any], particles: Particles, device: str) -> ClassifyState:
+def unpack_state(saved: dict[str, Any], particles: Particles, device: str = "cpu") -> ClassifyState:
     """The state of a checkpoint, its maps on a device; `particles` are those of the same job's input."""
     if (held := len(saved["particles"]["klass"])) != len(particles):
         raise BadInput(f"checkpoint.pt has {held} particles, the input {len(particles)}: were images changed? choose another --output")

@@ -3,19 +3,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from frazil.data import BadInput
+from frazil.data import BadInput, Images, Particles
 from frazil.io.particles import ANGLES, ParticleSet
 from frazil.io.star import read_star
 from frazil.jobs.classify_files import Output, host_copy, pack_state, resolutions, write_iteration
-from frazil.jobs.particles_input import peak_memory
+from frazil.jobs.particles_input import Subset, peak_memory
 from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
+from frazil.refine.planner import keep_on_device
+from frazil.refine.residence import resident
+from frazil.refine.windows import Engine
 from frazil.steps.classify import UNKNOWN, ClassifyJob, ClassifyParams, ClassifyState, classify
 
 
@@ -36,6 +40,35 @@ def device_errors(run: Run) -> Iterator[None]:
     except torch.AcceleratorError as error:
         what = str(error).splitlines()[0]
         raise DeviceLost(f"{run.device} does not answer any more ({what}); {again}, with --device cpu if it stays away") from error
+
+
+def placed(state: ClassifyState, engine: Engine) -> ClassifyState:
+    """The state with its maps in the engine's precision, on its device if there is room for them."""
+    maps = state.model.maps
+    where = engine.device if keep_on_device(len(maps), maps.shape[-1], maps.ndim == 3, engine.budget) else "cpu"
+    return replace(state, model=replace(state.model, maps=maps.to(device=where, dtype=engine.dtype)))
+
+
+class _Placed:
+    """Images of some particles by the numbers these have among all."""
+
+    def __init__(self, images: Images, mine: Tensor, total: int) -> None:
+        self._images, self._place = images, torch.zeros(total, dtype=torch.int64)
+        self._place[mine] = torch.arange(len(mine))
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self._images[self._place[index]]
+
+
+def with_images_at_hand(job: ClassifyJob, particles: Particles) -> ClassifyJob:
+    """The job with the images of this process's particles on its GPU, if there is room for them."""
+    mine = job.world.share(len(particles))
+    if job.world.size == 1:
+        images, engine = resident(job.images, particles, job.engine)
+    else:
+        some, engine = resident(Subset(job.images, mine), particles[mine], job.engine)
+        images = _Placed(some, mine, len(particles))
+    return replace(job, images=images, engine=engine)
 
 
 def check_counts(params: ClassifyParams, used: Tensor, total: int, path: Path | None) -> None:
@@ -70,6 +103,7 @@ def run_iterations(
     params, first = job.params, job.world.rank == 0
     run.check_stop()
     with device_errors(run), Writer() as writer:
+        job = with_images_at_hand(job, state.particles)
         for state in loop(job, state):  # noqa: B020 (the last state is what is left)
             number = state.progress.iteration
             record(run, state)

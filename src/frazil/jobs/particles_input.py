@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from frazil.data import BadInput, Particles, Volume
+from frazil.data import BadInput, Images, Particles, Volume
 from frazil.io.files import write_text
 from frazil.io.images import StackImages, find_bad, split_image_name
 from frazil.io.particles import ParticleSet, open_images, read_particles
@@ -48,7 +48,7 @@ def tick(run: Run, total: int, done: int) -> None:
 class Subset:
     """The images of the particles in use, by their number among them."""
 
-    def __init__(self, images: StackImages, used: Tensor) -> None:
+    def __init__(self, images: Images, used: Tensor) -> None:
         self._images, self._used = images, used
 
     def __getitem__(self, index: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
@@ -40,10 +41,12 @@ from frazil.data import BadInput
 from frazil.io.files import atomic_path
 from frazil.jobs.record import check_same, job_record, now, plain, read_json, write_json
 from frazil.ops.dispatch import set_threads
+from frazil.refine.parallel import join, leave, local_device, world_of_environment
 
 HEARTBEAT = 2.0  # s between writes of state.json
 STALE = 60.0  # s without a heartbeat after which a run on another machine counts as dead
 EXIT_FILES = {True: "RELION_JOB_EXIT_SUCCESS", False: "RELION_JOB_EXIT_FAILURE"}
+SHARED_WORK = ("class2d", "class3d")  # jobs whose particles several processes share (refine/parallel.py)
 BOOKKEEPING = {"job.json", "state.json", "events.jsonl", "log.txt", EXIT_FILES[False]}
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -84,13 +87,13 @@ def parse_memory(text: str | None) -> int | None:
 def resolve_device(name: str) -> torch.device:
     """The torch device of `auto`, `cpu`, `cuda` or `cuda:i`; raises BadInput for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return torch.device(local_device("cuda:0") if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
     found = re.fullmatch(r"cuda(?::(\d+))?", name)
     if not found:
         raise BadInput(f"--device: {name!r} is not a device; give auto, cpu, cuda or cuda:0, cuda:1, …")
-    index, count = int(found[1] or 0), torch.cuda.device_count()
+    index, count = int(local_device(f"cuda:{found[1] or 0}")[5:]), torch.cuda.device_count()
     if index >= count:
         raise BadInput(f"--device: {name} was asked for but there are {count} usable GPUs; `frazil doctor` says why, --device cpu works")
     return torch.device(f"cuda:{index}")
@@ -383,9 +386,20 @@ def spoken_time(seconds: float) -> str:
 
 
 def execute(job: str, work: Callable[[Any, Run], None], params: BaseModel, options: Options) -> Run:
-    """Run `work(params, run)` in its run directory and return the run; a finished run is left as it is."""
-    with Run(job, params, options) as run:
-        if not run.finished:
-            set_threads(run.threads)
-            work(params, run)
+    """Run `work(params, run)` in its run directory and return the run; a finished run is left as it is.
+
+    Started several times by torchrun, the first process has the run directory; the others work along in a temporary one.
+    """
+    world = world_of_environment()
+    if world.size > 1 and job not in SHARED_WORK:
+        raise BadInput(f"{job} works in one process, torchrun started {world.size}; only {' and '.join(SHARED_WORK)} share their work")
+    join(str(resolve_device(options.device)) if world.size > 1 else "cpu")
+    with TemporaryDirectory(prefix="frazil-") as aside:
+        if world.rank:
+            options = options.model_copy(update={"output": Path(aside) / "run", "quiet": True, "resume": False})
+        with Run(job, params, options) as run:
+            if not world.tell(run.finished):
+                set_threads(run.threads)
+                work(params, run)
+    leave()
     return run

@@ -195,7 +195,8 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     cc = iteration == 1 and p.firstiter_cc
     generator = torch.Generator().manual_seed(job.engine.seed + iteration)
     size = window_size(state.progress, model.box)
-    accuracy = accuracies(job, state, size, generator, cc)
+    another = torch.Generator().manual_seed(job.engine.seed + iteration)  # its own: only the first process uses it
+    accuracy = job.world.tell(accuracies(job, state, size, another, cc) if job.world.rank == 0 else state.accuracy)
     best = accuracy.amin(0).tolist()
     progress = replace(state.progress, iteration=iteration, accuracy_rotation=best[0], accuracy_shift=best[1])
     sampling = replace(p.next_sampling(progress, model.box, model.pixel_size), instance=state.sampling.instance)
