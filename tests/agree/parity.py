@@ -5,8 +5,11 @@ import torch
 from torch import Tensor
 
 from frazil.maths.fourier import map_from_half_volume, shell_round
+from frazil.maths.fourier2d import hermitian_planes, images_from_planes
 from frazil.maths.gridding import sinc2
+from frazil.maths.masks import mask_images
 from frazil.refine import maximization as m_step
+from frazil.refine.planes import flatten_planes
 
 BOX, PIXEL, DIAMETER, PAD = 64, 3.54, 200.0, 2.0
 
@@ -48,3 +51,19 @@ def relion_map(data: Tensor, weight: Tensor, tau2: Tensor) -> Tensor:
     volume = torch.where((square <= (m - 1) ** 2) & (full > 0), data / full.clamp(min=1e-300), 0)
     density = m_step.soft_sphere_fill(map_from_half_volume(volume, PAD, BOX), BOX / 2, m_step.EDGE_PX)
     return m_step.flatten_solvent(density / sinc2(BOX, PAD, dtype=torch.float64), PIXEL, DIAMETER, 5.0, None)
+
+
+def relion_averages(data: Tensor, weight: Tensor, tau2: Tensor) -> Tensor:
+    """(K, N, N) masked class averages of half planes of sums with T·τ² (K, N/2+1), divided with RELION's edge: as `relion_map`."""
+    m = data.shape[-1] - 1
+    line = torch.arange(-m, m + 1, dtype=torch.float64)
+    square = line[:, None] ** 2 + line[m:] ** 2
+    inner, radius = square < (m - 1) ** 2, square.sqrt() / PAD
+    prior = 1 / (PAD**2 * tau2[:, shell_round(radius).long().clamp(max=BOX // 2)].clamp(min=1e-30))
+    full = hermitian_planes(weight) + torch.where(inner & (radius >= 4.5), prior, 0)
+    shell = radius.long().clamp(max=int((m - 1) / PAD) - 1)
+    mean = torch.stack([torch.bincount(shell[inner], f[inner]) for f in full]) / torch.bincount(shell[inner])
+    full = torch.maximum(full, mean[:, shell] / 1000)
+    ft = torch.where((square <= (m - 1) ** 2) & (full > 0), hermitian_planes(data) / full.clamp(min=1e-300), 0)
+    maps = mask_images(images_from_planes(ft, PAD, BOX), BOX / 2, m_step.EDGE_PX)
+    return flatten_planes(maps / sinc2(BOX, PAD, dtype=torch.float64, dims=2), PIXEL, DIAMETER, 5.0, None)

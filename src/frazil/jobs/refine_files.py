@@ -211,12 +211,14 @@ def read_model(path: Path, folder: Path) -> Model:
     each = lambda label: torch.stack([column(f"model_class_{i + 1}", label) for i in range(k)])  # noqa: E731
     has_fsc = "rlnGoldStandardFsc" in star["model_class_1"]
     offsets = [column("model_classes", f"rlnClassPriorOffset{x}") for x in "XY" if f"rlnClassPriorOffset{x}" in classes]
+    # RELION writes none for 2D classes, which have one direction.
+    directions = [column(b, "rlnOrientationDistribution") for i in range(k) if (b := f"model_pdf_orient_class_{i + 1}") in star]
     return Model(
         maps=torch.stack(maps), pixel_size=float(general["rlnPixelSize"]),
         sigma2=tuple(column(f"model_optics_group_{g + 1}", "rlnSigma2Noise") for g in range(int(general["rlnNrOpticsGroups"]))),
         scales=column("model_groups", "rlnGroupScaleCorrection"), norm_average=float(general["rlnNormCorrectionAverage"]),
         sigma_offset=float(general["rlnSigmaOffsetsAngst"]), pdf_class=column("model_classes", "rlnClassDistribution"),
-        pdf_direction=torch.stack([column(f"model_pdf_orient_class_{i + 1}", "rlnOrientationDistribution") for i in range(k)]),
+        pdf_direction=torch.stack(directions) if directions else column("model_classes", "rlnClassDistribution")[:, None],
         tau2=each("rlnReferenceTau2"), data_vs_prior=each("rlnSsnrMap"),
         fsc=column("model_class_1", "rlnGoldStandardFsc") if has_fsc else torch.zeros(maps[0].shape[-1] // 2 + 1, dtype=torch.float64),
         sigma2_map=each("rlnReferenceSigma2"), coverage=each("rlnFourierCompleteness"), ave_pmax=float(general["rlnAveragePmax"]),

@@ -18,7 +18,7 @@ from frazil.maths.filters import lowpass_map
 from frazil.maths.fourier import resolution_shell
 from frazil.maths.fourier2d import hermitian_planes, images_from_planes
 from frazil.maths.masks import soft_circle
-from frazil.maths.rotation import euler_to_matrix
+from frazil.maths.rotation import euler_to_matrix, matrix_to_euler
 from frazil.ops.insert import insert_
 from frazil.refine import gradient, planes
 from frazil.refine.classes import Reconstruction, class_shells
@@ -122,6 +122,8 @@ class GradientState(ClassifyState):
 def initial_state(job: ClassifyJob, particles: Particles, pixel_size: float, references: Tensor | None = None) -> ClassifyState:
     """Iteration 0: from averages of particles at random (spec 2.3), or from given ones (1 or K, N, N). job.params are `resolved`."""
     p = _params(job)
+    psi = matrix_to_euler(particles.rotation)[:, 2]  # of poses in 3D, the in-plane angle
+    particles = replace(particles, rotation=euler_to_matrix(torch.stack([0 * psi, 0 * psi, psi], -1)))
     generator = torch.Generator().manual_seed(job.engine.seed)
     first = random_averages(job, particles, pixel_size, generator) if references is None else references
     if p.method == "vdam" and references is None:
@@ -210,7 +212,8 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
     size = window_size(state.progress, model.box)
     accuracy = state.accuracy
     if iteration % 10 == 1:
-        accuracy = classify.accuracies(job, state, size, generator, False)
+        another = torch.Generator().manual_seed(job.engine.seed + iteration)
+        accuracy = job.world.tell(classify.accuracies(job, state, size, another, False) if job.world.rank == 0 else accuracy)
     best = accuracy.amin(0).tolist()
     sampling = replace(p.sampling(model.pixel_size), instance=state.sampling.instance)
     if not p.skip_align:
