@@ -9,7 +9,7 @@ import torch
 
 from frazil.cli import main
 from frazil.io.mrc import read_map, write_mrc
-from frazil.jobs.map import crop, mirror, resample
+from frazil.steps.map_transform import crop, mirror, resample
 
 BOX, PIXEL = 32, 3.0
 

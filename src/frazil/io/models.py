@@ -11,6 +11,8 @@ import gzip
 import math
 import os
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,22 +35,30 @@ def density_from_model(
     resolution: float | None = None,
     b_factor: float | None = None,
     centre: str = "mass",
+    grid_origin: Sequence[float] | None = None,
 ) -> Volume:
     """Density (z, y, x) float32 of the first model in a file, all its atoms with their occupancies.
 
-    The centre of mass (or, with centre="origin", the origin of the file's coordinates) lies at pixel box//2. b_factor (Å²)
-    replaces the atoms' own; resolution (Å) low-passes with a raised cosine of 5 shells around it. Without it the map is
-    band-limited by the grid alone. Raises BadInput: gemmi missing, file missing or not a model, atoms outside the box.
+    The centre of mass (or, with centre="origin", the origin of the file's coordinates) lies at pixel box//2; with grid_origin
+    (xyz, Å, as in a map's header) the atoms stay at their coordinates and the first voxel lies there. b_factor (Å²) replaces the
+    atoms' own; resolution (Å) low-passes with a raised cosine of 5 shells around it. Without it the map is band-limited by the
+    grid alone. Raises BadInput: gemmi missing, file missing or not a model, atoms outside the box.
     """
     if centre not in ("mass", "origin"):
         raise ValueError(f"centre must be 'mass' or 'origin', got {centre!r}")
     gemmi = _gemmi()
     model = _first_model(gemmi, Path(path))
     atoms = [site.atom for site in model.all()]
-    middle = model.calculate_center_of_mass() if centre == "mass" else gemmi.Position(0, 0, 0)
-    positions = np.array([atom.pos.tolist() for atom in atoms]) - middle.tolist()
-    low, high = -(box // 2) * pixel_size, (box - box // 2 - 1) * pixel_size
-    if positions.min() < low or positions.max() > high:
+    to_centre = box // 2 * pixel_size
+    if grid_origin is not None:
+        middle = np.array(grid_origin, dtype=float) + to_centre
+    else:
+        middle = np.array(model.calculate_center_of_mass().tolist() if centre == "mass" else (0.0, 0.0, 0.0))
+    positions = np.array([atom.pos.tolist() for atom in atoms]) - middle
+    low, high = -to_centre, (box - box // 2 - 1) * pixel_size
+    if grid_origin is not None:
+        check_inside(path, positions + to_centre, box, pixel_size)
+    elif positions.min() < low or positions.max() > high:
         needed = math.ceil(2 * np.abs(positions).max() / pixel_size) + 2
         reach = np.abs(positions).max()
         needed = 2 * math.ceil(reach / pixel_size) + 2
@@ -57,7 +67,6 @@ def density_from_model(
             f"use at least {needed} px"
         )
     spacing = pixel_size / _FINER
-    to_centre = box // 2 * pixel_size
     for atom, position in zip(atoms, positions.tolist(), strict=True):
         atom.pos = gemmi.Position(*(x + to_centre for x in position))
         if b_factor is not None:
@@ -66,7 +75,59 @@ def density_from_model(
     blur = max(0.0, _BLUR_PER_AREA * pixel_size**2 - min(atom.b_iso for atom in atoms))
     fine = _draw(gemmi, model, _FINER * box, spacing, blur)
     data = _crop_transform(torch.from_numpy(fine.grid.array).permute(2, 1, 0), box, pixel_size, blur, resolution)
-    return Volume(data, pixel_size)
+    return Volume(data, pixel_size, (0.0, 0.0, 0.0) if grid_origin is None else (grid_origin[0], grid_origin[1], grid_origin[2]))
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """The atoms of a model but for hydrogens, in file order, and how many residues of which kind it has."""
+
+    position: Tensor  # (n, 3) float64 Å, xyz in the file's frame
+    b_factor: Tensor  # (n,) float64 Å²
+    occupancy: Tensor  # (n,) float64
+    residue: Tensor  # (n,) int64, index into the lists below
+    chains: tuple[str, ...]  # of each residue
+    numbers: tuple[str, ...]  # of each residue, with its insertion code
+    names: tuple[str, ...]  # of each residue
+    kinds: tuple[str, ...]  # of each residue: protein, nucleic, water or ligand
+
+
+def read_atoms(path: str | os.PathLike[str]) -> Atoms:
+    """Atoms of the first model of a coordinate file without hydrogens; raises BadInput as density_from_model does."""
+    gemmi = _gemmi()
+    model = _first_model(gemmi, Path(path))
+    rows, residues = [], []
+    for chain in model:
+        for residue in chain:
+            heavy = [atom for atom in residue if not atom.is_hydrogen()]
+            rows += [(*atom.pos.tolist(), atom.b_iso, atom.occ, len(residues)) for atom in heavy]
+            residues.append((chain.name, f"{residue.seqid.num}{residue.seqid.icode.strip()}", residue.name, _kind(gemmi, residue.name)))
+    if not rows:
+        raise BadInput(f"{path}: holds hydrogens only; expected an atomic model")
+    table = torch.tensor(rows, dtype=torch.float64)
+    chains, numbers, names, kinds = zip(*residues, strict=True)
+    return Atoms(table[:, :3], table[:, 3], table[:, 4], table[:, 5].long(), chains, numbers, names, kinds)
+
+
+def check_inside(path: str | os.PathLike[str], position: np.ndarray, box: int, pixel_size: float) -> None:
+    """Raise BadInput naming the file unless all positions (n, 3), xyz in Å from the first voxel, lie in a box."""
+    low, high = position.min(0), position.max(0)
+    side = (box - 1) * pixel_size
+    if (low < 0).any() or (high > side).any():
+        spans = ", ".join(f"{axis} {a:.0f} to {b:.0f}" for axis, a, b in zip("xyz", low, high, strict=True))
+        outside = int(((position < 0) | (position > side)).any(1).sum())
+        raise BadInput(f"{path}: {outside} of {len(position)} atoms lie outside the map: they reach {spans} Å from its first voxel, "
+                       f"the map 0 to {side:.0f} Å; check the map's origin, or pad it with `frazil map crop`")  # fmt: skip
+
+
+def _kind(gemmi: Any, name: str) -> str:
+    """What a residue is, by its name."""
+    info = gemmi.find_tabulated_residue(name)
+    if info.is_amino_acid():
+        return "protein"
+    if info.is_nucleic_acid():
+        return "nucleic"
+    return "water" if info.is_water() else "ligand"
 
 
 def _gemmi() -> ModuleType:

@@ -24,9 +24,11 @@ from frazil.data import BadInput, Volume
 from frazil.io.files import atomic_path, why
 
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+WRITTEN_MODES = ("float32", "float16", "int8", "int16", "uint16")
 HEADER_BYTES = 1024
 _IMOD_STAMP = 1146047817
 _LARGEST_SIDE = 1 << 20
+_SAME_SIZE = 0.01  # relative difference of pixel sizes along the axes that is rounding in the header
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class MrcHeader:
     axes: tuple[int, int, int]  # which of x (1), y (2), z (3) the columns, rows and sections are
     pixel_size: tuple[float, float, float]  # Å, xyz; 0 where the header gives none
     origin: tuple[float, float, float]  # Å, xyz of the first voxel
+    angles: tuple[float, float, float] = (90.0, 90.0, 90.0)  # degrees, of the cell: alpha, beta, gamma
 
     @property
     def image_bytes(self) -> int:
@@ -95,17 +98,24 @@ def read_mrc(path: str | os.PathLike[str]) -> Volume:
     return Volume(torch.from_numpy(data), header.pixel_size[0], header.origin)
 
 
-def read_map(path: str | os.PathLike[str]) -> Volume:
-    """A map (z, y, x) float32 with its pixel size in Å.
+def read_map(path: str | os.PathLike[str], *, anisotropic: bool = False) -> Volume:
+    """A map (z, y, x) float32 with its pixel size in Å; the origin is where the header puts the first voxel (origin, else start · pixel).
 
-    Raises BadInput as read_mrc does, and for a single image, pixels that differ along the axes, and values that are not finite.
+    Raises BadInput as read_mrc does, and for a single image, axes that are not at right angles, values that are not finite, and,
+    unless `anisotropic`, pixels that differ along the axes (read_header has their sizes; the volume then has that of x).
     """
     volume = read_mrc(path)
     if volume.data.shape[0] < 2:
         raise BadInput(f"{path}: is a single image {tuple(volume.data.shape[1:])}; expected a three-dimensional map")
-    sizes = read_header(path).pixel_size
-    if max(sizes) - min(sizes) > 0.01 * max(sizes):
-        raise BadInput(f"{path}: pixel sizes differ along x, y, z: {', '.join(f'{s:.4g}' for s in sizes)} Å; resample the map first")
+    header = read_header(path)
+    sizes = header.pixel_size
+    if max(abs(angle - 90) for angle in header.angles) > 0.1:
+        angles = ", ".join(f"{angle:g}" for angle in header.angles)
+        raise BadInput(f"{path}: the cell angles are {angles} degrees; expected a map of a particle, with axes at right angles")
+    if not anisotropic and max(sizes) - min(sizes) > _SAME_SIZE * max(sizes):
+        shown = ", ".join(f"{s:.4g}" for s in sizes)
+        raise BadInput(f"{path}: pixel sizes differ along x, y, z: {shown} Å; bring them together with `frazil map resample --pixel-size` "
+                       f"or correct a wrong header with --force-pixel-size")  # fmt: skip
     if not bool(torch.isfinite(volume.data).all()):
         raise BadInput(f"{path}: holds values that are not finite (NaN or infinite)")
     return volume
@@ -127,14 +137,18 @@ def write_mrc(
 ) -> None:
     """Write a map (z, y, x), an image (y, x) or, with `stack`, images (n, y, x), atomically.
 
-    `mode` is "float32" (mode 2) or "float16" (mode 12); pixel_size and origin (xyz) in Å. Raises BadInput naming the file if
-    it cannot be written or the values are too large for float16.
+    `mode` is "float32" (mode 2), "float16" (12), "int8" (0), "int16" (1) or "uint16" (6); integers are rounded to.
+    pixel_size and origin (xyz) in Å. Raises BadInput naming the file if it cannot be written or the values do not fit the mode.
     """
-    if mode not in ("float32", "float16"):
-        raise ValueError(f"mode must be 'float32' or 'float16', got {mode!r}")
+    if mode not in WRITTEN_MODES:
+        raise ValueError(f"mode must be one of {', '.join(WRITTEN_MODES)}, got {mode!r}")
     values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-    if mode == "float16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
-        raise BadInput(f"{path}: values up to {np.abs(values).max():.3g} do not fit float16; write float32 or normalise first")
+    if mode != "float32" and values.size:
+        limits = np.finfo(mode) if mode == "float16" else np.iinfo(mode)
+        values = values if mode == "float16" else np.rint(values)
+        low, high = float(values.min()), float(values.max())
+        if not (float(limits.min) <= low and high <= float(limits.max)):
+            raise BadInput(f"{path}: values from {low:.3g} to {high:.3g} do not fit {mode}; write float32 or rescale them first")
     with atomic_path(path) as tmp, _new_file(tmp) as file:
         file.set_data(np.ascontiguousarray(values, dtype=mode))
         if values.ndim == 3:
@@ -191,4 +205,6 @@ def _parse(path: Path, raw: bytes) -> MrcHeader:
     if not any(origin) and any(sizes):
         starts = {axis: int(fields[name]) for axis, name in zip(axes, ("nxstart", "nystart", "nzstart"), strict=True)}
         origin = (starts[1] * x, starts[2] * y, starts[3] * z)
-    return MrcHeader(path, shape, np.dtype(order + kind), HEADER_BYTES + int(fields["nsymbt"]), axes, sizes, origin)
+    cell = tuple(float(fields["cellb"][a]) or 90.0 for a in ("alpha", "beta", "gamma"))  # 0 where a program did not care
+    angles = cast(tuple[float, float, float], cell)
+    return MrcHeader(path, shape, np.dtype(order + kind), HEADER_BYTES + int(fields["nsymbt"]), axes, sizes, origin, angles)

@@ -21,11 +21,16 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 JOBS = {
+    "motion": "correct the motion of movies: dose-weighted micrographs",
     "class2d": "sort particle images into class averages, without a reference",
     "class3d": "sort particles into several maps",
     "refine3d": "refine particles against a reference: gold-standard map",
     "simulate": "particles with known truth, of a phantom or a map",
     "demo": "simulate particles, refine them, compare with the truth",
+    "pick": "particles in micrographs, by templates, a map's views, or as blobs",
+    "pick-evaluate": "recall and false discovery rate of picks against true positions",
+    "coordinates": "convert positions of particles: STAR, .box, .cs, .cbox, CSV",
+    "simulate-micrographs": "micrographs of a phantom or a map with known positions",
     "reconstruct": "reconstruct a map from poses in a particle STAR file",
     "project": "project a map along given or random directions",
     "fsc": "Fourier shell correlation and resolution of two maps",
@@ -33,6 +38,7 @@ JOBS = {
     "report": "validation of a whole project on one page, with Table 1",
     "map": "make, change, align, compare, convert or show maps",
     "mask": "soft solvent mask from a map, a model or a sphere",
+    "localres": "local and directional resolution of two half maps",
     "postprocess": "corrected FSC, resolution, sharpened map of two half maps",
     "bench": "time standard tasks on this machine",
     "doctor": "devices, memory, versions, and what is missing here",
