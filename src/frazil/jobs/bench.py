@@ -75,7 +75,7 @@ def run(params: Class3dBench) -> None:
     device = local_device(str(resolve_device(params.device)))
     world = join(device)
     try:
-        rows = []
+        rows: list[tuple[Class3dBench, Measured]] = []
         for changes in SCALING.get(params.scaling, [{}]):
             one = params.model_copy(update=changes)
             found = measure(one, device, world)
@@ -84,7 +84,7 @@ def run(params: Class3dBench) -> None:
                 if params.output is not None:
                     append(params.output, one, found, device, world.size)
         if rows:
-            Console(width=150).print(phase_table(*rows[0], world.size) if len(rows) == 1 else scaling_table(rows))
+            Console(width=150).print(phase_table(rows[0][0], rows[0][1], world.size) if len(rows) == 1 else scaling_table(rows))
     finally:
         leave()
 
@@ -134,7 +134,7 @@ def prepare(params: Class3dBench, made: ClassSet, device: str, world: World, pix
     if device.startswith("cuda"):
         if budget:  # as from a file
             images = images.cpu()
-            del made
+            made = replace(made, images=images)
         if budget:
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / torch.cuda.mem_get_info(device)[1]), device)
         budget = budget or int(0.9 * torch.cuda.mem_get_info(device)[0])
@@ -277,4 +277,4 @@ def append(path: Path, params: Class3dBench, found: Measured, device: str, proce
         raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
 
 
-ACTIONS = {"class3d": Action(Class3dBench, (), lambda params, _run: run(params))}
+ACTIONS = {"class3d": Action(Class3dBench, (), lambda params, _: run(params))}

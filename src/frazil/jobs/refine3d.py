@@ -31,6 +31,7 @@ from frazil.jobs.refine_report import refine3d_report
 from frazil.jobs.run import Run
 from frazil.refine.convergence import Progress
 from frazil.refine.model import Model, Poses
+from frazil.refine.residence import resident
 from frazil.refine.sampling import Sampling
 from frazil.steps.refine3d import Job, Refine3dParams, State, initial_state, make_engine, refine3d
 
@@ -69,7 +70,8 @@ def run(params: Params, run: Run) -> None:
     saved = run.load_checkpoint()
     budget = memory_budget(run, (saved or {}).get("budget", 0))
     settings = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
-    job = Job(Subset(images, used), params, settings, *masks, tick=lambda done: tick(run, len(particles), done))
+    at_hand, settings = resident(Subset(images, used), particles, settings)
+    job = Job(at_hand, params, settings, *masks, tick=lambda done: tick(run, len(particles), done))
     if saved is None:
         state = initial_state(job, particles, reference)
         size = f"box {reference.data.shape[-1]} px of {reference.pixel_size:g} Å"

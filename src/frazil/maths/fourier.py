@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -70,8 +71,9 @@ class PixelList:
         return torch.stack([self.kx, self.ky], -1).double()
 
 
+@lru_cache(maxsize=8)
 def pixel_list(box: int, size: int, device: torch.device | str = "cpu") -> PixelList:
-    """The pixels of a window of side `size` ≤ box (both even) of a half transform of side `box`."""
+    """The pixels of a window of side `size` ≤ box (both even) of a half transform of side `box`. Not to be written to: it is kept."""
     half = size // 2
     kx = torch.arange(0, half + 1)
     ky = torch.arange(-half + 1, half + 1)

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,12 +35,11 @@ from frazil.refine.convergence import (
 from frazil.refine.expectation import expectation
 from frazil.refine.initial import initial_noise, split_halves
 from frazil.refine.model import Model, Poses, Statistics
+from frazil.refine.parallel import with_less_memory
 from frazil.refine.sampling import Grid, Sampling, make_grid
 from frazil.refine.windows import Engine
 
 ACCURACY_PARTICLES = 100
-SMALLEST_SHARE = 16  # batches are halved down to this share of the plan before running out of memory is an error
-log = logging.getLogger("frazil.refine3d")
 
 
 def _field(default, text: str, unit: str = "", level: str = "expert", **limits):
@@ -221,34 +220,24 @@ def expect(
     for h in (1, 2):
         members = torch.nonzero(particles.half == h)[:, 0]
         tick = lambda done, before=before: job.tick(before + done)  # noqa: E731
-        some, part, clock = expectation(
-            _Half(job.images, members), particles[members], models[h - 1], grid, job.engine, sizes, cc=cc, tick=tick
-        )
+        images, some = _Half(job.images, members), particles[members]
+
+        def work(engine: Engine, images=images, some=some, model=models[h - 1], tick=tick):
+            return parked(engine, *expectation(images, some, model, grid, engine, sizes, cc=cc, tick=tick))
+
+        sums, part, clock = with_less_memory(job.engine, work)
         poses.put_(members, part)
-        statistics.append(parked(job.engine, some))
+        statistics.append(sums)
         seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
         before += len(members)
     return statistics, poses, seconds
 
 
-def with_less_memory(engine: Engine, work: Callable[[Engine], tuple[Statistics, Poses, dict[str, float]]]):
-    """work(engine), begun again with smaller batches when the device runs out of memory."""
-    while True:
-        try:
-            return work(engine)
-        except torch.OutOfMemoryError:
-            if engine.shrink >= SMALLEST_SHARE:
-                raise
-            log.warning("out of memory on %s: trying again with batches of 1/%d", engine.device, 2 * engine.shrink)
-            torch.cuda.empty_cache()
-            engine = replace(engine, shrink=2 * engine.shrink)
-
-
-def parked(engine: Engine, s: Statistics) -> Statistics:
-    """Statistics with their volumes in host memory if the M-step has no room on the GPU: it holds about four such pairs."""
+def parked(engine: Engine, s: Statistics, *rest: Any) -> tuple[Statistics, Any, Any]:
+    """What an E-step gives, its volumes in main memory if the M-step has no room on the GPU: it holds about four such pairs."""
     if engine.device == "cpu" or 4 * (s.data.nbytes + s.weight.nbytes) < engine.budget:
-        return s
-    return replace(s, data=s.data.cpu(), weight=s.weight.cpu())
+        return s, *rest
+    return replace(s, data=s.data.cpu(), weight=s.weight.cpu()), *rest
 
 
 def workplace(engine: Engine, s: Statistics, group: str) -> str:

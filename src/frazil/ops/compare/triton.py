@@ -93,27 +93,33 @@ def pair_scores(slices: Tensor, pair_slice: Tensor, pair_image: Tensor, images: 
 
 
 @triton.jit
-def _values(even, odd, offset, shift, row, mate, j, ok, n, shifts, h):  # noqa: ANN001, ANN202
+def _values(even, odd, prior, norm, shift, row, mate, j, ok, shifts, h):  # noqa: ANN001, ANN202
     """L of the hypotheses j of one mate for row = image·T + shift; −inf outside."""
     x = tl.load(even + row * h + j, mask=ok, other=0.0)
     y = tl.load(odd + row * h + j, mask=ok, other=0.0)
-    a = tl.load(offset + (mate * n + row // shifts) * h + j, mask=ok, other=float("-inf"))
-    return tl.where(mate == 0, x + y, x - y) + a + tl.load(shift + row)
+    a = tl.load(prior + mate * h + j, mask=ok, other=float("-inf")) - tl.load(norm + row // shifts * h + j, mask=ok, other=0.0)
+    return (tl.where(mate == 0, x + y, x - y) + a) + tl.load(shift + row)
 
 
 @triton.jit
-def _tile_best(even, odd, offset, shift, best, n, shifts, h, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
-    """best[row, mate, tile] for both mates of a tile."""
-    row, k, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+def _tile_best(even, odd, prior, norm, shift, best, shifts, h, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """best[row, mate, tile] for both mates of a tile and all shifts of an image, which share priors and norms."""
+    image, k, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     j = k * BLOCK + tl.arange(0, BLOCK)
     ok = j < h
-    for mate in range(2):
-        v = _values(even, odd, offset, shift, row, mate, j, ok, n, shifts, h)
-        tl.store(best + (row * 2 + mate) * tiles + k, tl.max(v, 0))
+    q = tl.load(norm + image * h + j, mask=ok, other=0.0)
+    a = tl.load(prior + j, mask=ok, other=float("-inf")) - q
+    b = tl.load(prior + h + j, mask=ok, other=float("-inf")) - q
+    for row in range(image * shifts, (image + 1) * shifts):
+        x = tl.load(even + row * h + j, mask=ok, other=0.0)
+        y = tl.load(odd + row * h + j, mask=ok, other=0.0)
+        c = tl.load(shift + row)
+        tl.store(best + row * 2 * tiles + k, tl.max(((x + y) + a) + c, 0))
+        tl.store(best + (row * 2 + 1) * tiles + k, tl.max(((x - y) + b) + c, 0))
 
 
 @triton.jit
-def _histogram(even, odd, offset, shift, best, top, hist, depth, n, shifts, h, tiles,  # noqa: ANN001, ANN202
+def _histogram(even, odd, prior, norm, shift, best, top, hist, depth, shifts, h, tiles,  # noqa: ANN001, ANN202
                BLOCK: tl.constexpr, N: tl.constexpr):  # noqa: N803
     """hist[image, (top − L)·N/depth] counts the hypotheses above top − depth. A program a row; most look at its tiles' best only."""
     row = tl.program_id(0).to(tl.int64)
@@ -121,7 +127,7 @@ def _histogram(even, odd, offset, shift, best, top, hist, depth, n, shifts, h, t
     for place in range(2 * tiles):
         if tl.load(best + row * 2 * tiles + place) >= high - depth:
             j = (place % tiles) * BLOCK + tl.arange(0, BLOCK)
-            v = _values(even, odd, offset, shift, row, place // tiles, j, j < h, n, shifts, h)
+            v = _values(even, odd, prior, norm, shift, row, place // tiles, j, j < h, shifts, h)
             inside = v >= high - depth
             # What lies outside goes to one more bin, which is never read.
             bin = tl.where(inside, tl.minimum((high - tl.where(inside, v, high)) * (N / depth), N - 1.0), N).to(tl.int32)
@@ -131,7 +137,7 @@ def _histogram(even, odd, offset, shift, best, top, hist, depth, n, shifts, h, t
 
 
 @triton.jit
-def _count(even, odd, offset, shift, best, floor, count, n, shifts, h, tiles, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _count(even, odd, prior, norm, shift, best, floor, count, shifts, h, tiles, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
     """count[row] of hypotheses of both mates with L ≥ floor of their image."""
     row = tl.program_id(0).to(tl.int64)
     low = tl.load(floor + row // shifts)
@@ -139,13 +145,13 @@ def _count(even, odd, offset, shift, best, floor, count, n, shifts, h, tiles, BL
     for place in range(2 * tiles):
         if tl.load(best + row * 2 * tiles + place) >= low:
             j = (place % tiles) * BLOCK + tl.arange(0, BLOCK)
-            v = _values(even, odd, offset, shift, row, place // tiles, j, j < h, n, shifts, h)
+            v = _values(even, odd, prior, norm, shift, row, place // tiles, j, j < h, shifts, h)
             total += tl.sum((v >= low).to(tl.int32), 0)
     tl.store(count + row, total)
 
 
 @triton.jit
-def _list(even, odd, offset, shift, best, floor, start, flat, value, n, shifts, h, tiles,  # noqa: ANN001, ANN202
+def _list(even, odd, prior, norm, shift, best, floor, start, flat, value, shifts, h, tiles,  # noqa: ANN001, ANN202
           BLOCK: tl.constexpr):  # noqa: N803
     """Write flat = (row·2 + mate)·h + index, and L, of the counted hypotheses."""
     row = tl.program_id(0).to(tl.int64)
@@ -154,7 +160,7 @@ def _list(even, odd, offset, shift, best, floor, start, flat, value, n, shifts, 
         if tl.load(best + row * 2 * tiles + place) >= low:
             mate = place // tiles
             j = (place % tiles) * BLOCK + tl.arange(0, BLOCK)
-            v = _values(even, odd, offset, shift, row, mate, j, j < h, n, shifts, h)
+            v = _values(even, odd, prior, norm, shift, row, mate, j, j < h, shifts, h)
             ok = v >= low
             put = at + tl.cumsum(ok.to(tl.int32), 0) - 1
             tl.store(flat + put, (row * 2 + mate) * h + j, mask=ok)
@@ -179,7 +185,7 @@ def _floor_by_fraction(hist: Tensor, top: Tensor, depth: float, fraction: float)
 
 def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, cc: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(best, smallest listed L, mass left out) of each image of a batch."""
-    even, _, _, _ = given
+    even = given[0]
     n, shifts, h = even.shape
     top = tiles.amax((1, 2, 3))
     left_out = torch.zeros(n, dtype=torch.float64, device=top.device)
@@ -187,7 +193,7 @@ def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, cc: bool
     if fraction < 1 and not cc:
         hist = torch.zeros(n, BINS, dtype=torch.int32, device=top.device)
         high = torch.where(top.isneginf(), torch.inf, top)  # nothing comes near that: an image without hypotheses is passed over
-        _histogram[(n * shifts,)](*given, tiles, high, hist, depth, n, shifts, h, tiles.shape[3], BLOCK=TILE, N=BINS)
+        _histogram[(n * shifts,)](*given, tiles, high, hist, depth, shifts, h, tiles.shape[3], BLOCK=TILE, N=BINS)
         edge, left_out = _floor_by_fraction(hist, top, depth, fraction)
         floor = torch.maximum(floor, edge)
     return top, torch.where(top.isneginf(), torch.inf, floor), left_out
@@ -207,7 +213,7 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
     batch = max(1, min(b, batch or work_bytes() // (2 * shifts * max(h, p) * power.element_size() or 1)))
     s_re, s_im = (_aligned(part) for part in (slices.real, slices.imag))
     s_power, turn = s_re.square() + s_im.square(), phases.T.contiguous()
-    power = _aligned(power)
+    power, log_prior = _aligned(power), log_prior.contiguous()
     best, left_out = power.new_full((b,), -torch.inf), torch.zeros(b, dtype=torch.float64, device=device)
     found = []
     for first in range(0, b if h else 0, batch):
@@ -221,18 +227,18 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
         if cc:
             scale = torch.where(norm > 0, norm.rsqrt(), 0)[:, None, :]
             even, odd, norm = even * scale, odd * scale, torch.zeros_like(norm)
-        given = (even, odd, log_prior[:, None, :] - norm, log_prior_shift[part].contiguous())
+        given = (even, odd, log_prior, norm, log_prior_shift[part].contiguous())
         grid = (n * shifts, triton.cdiv(h, TILE))
         tiles = power.new_empty(n, shifts, 2, grid[1])
-        _tile_best[grid](*given, tiles, n, shifts, h, BLOCK=TILE)
+        _tile_best[(n, grid[1])](*given, tiles, shifts, h, BLOCK=TILE)
         best[part], floor, left_out[part] = _floors(given, tiles, depth, fraction, cc)
         count = torch.empty(n * shifts, dtype=torch.int32, device=device)
-        _count[grid[:1]](*given, tiles, floor, count, n, shifts, h, grid[1], BLOCK=TILE)
+        _count[grid[:1]](*given, tiles, floor, count, shifts, h, grid[1], BLOCK=TILE)
         end = count.cumsum(0, dtype=torch.int64)
         flat = torch.empty(int(end[-1]), dtype=torch.int64, device=device)
         value = power.new_empty(len(flat))
         if len(flat):
-            _list[grid[:1]](*given, tiles, floor, end - count, flat, value, n, shifts, h, grid[1], BLOCK=TILE)
+            _list[grid[:1]](*given, tiles, floor, end - count, flat, value, shifts, h, grid[1], BLOCK=TILE)
         image = flat // (2 * h * shifts)
         if cc:  # of equals the first
             once = torch.ones_like(image, dtype=torch.bool)
