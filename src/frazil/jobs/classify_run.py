@@ -132,10 +132,12 @@ def record(run: Run, state: ClassifyState) -> None:
         occupancy=model.pdf_class.tolist(), class_counts=counts.tolist(), class_resolution=each.tolist(),
         class_accuracy=state.accuracy.tolist(), sigma2_noise=[s.tolist() for s in model.sigma2],
     )  # fmt: skip
-    shares = " ".join(f"{100 * share:.1f}" for share in model.pdf_class.tolist()) if model.classes <= 12 else f"{model.classes} classes"
+    shares = "occupancy " + " ".join(f"{100 * share:.1f}" for share in model.pdf_class.tolist()) + " %"
+    if model.classes > 12:
+        shares = f"largest class {100 * float(model.pdf_class.max()):.1f} %, {int((counts > 0).sum())} of {model.classes} hold particles"
     accuracy = f", accuracy {p.accuracy_rotation:.1f}° {p.accuracy_shift:.1f} Å" if p.accuracy_rotation < UNKNOWN else ""
     run.note(
-        f"iteration {p.iteration}: resolution {side / max(p.shell, 1):.2f} Å, window {p.size} px, occupancy {shares} %, "
+        f"iteration {p.iteration}: resolution {side / max(p.shell, 1):.2f} Å, window {p.size} px, {shares}, "
         f"{100 * p.change_class:.1f} % changed class{accuracy}, {sum(state.seconds.values()):.1f} s"
     )
     for k in state.emptied:

@@ -1,0 +1,192 @@
+"""frazil class2d: particles in, class averages out, with no reference. Files around steps/class2d.py."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from frazil.data import BadInput
+from frazil.io.mrc import read_mrc
+from frazil.io.particles import ParticleSet, match_by_image_name
+from frazil.jobs.class_report import class_report
+from frazil.jobs.classify_files import Output, pack_state, part_of, read_classification, resolutions, unpack_state
+from frazil.jobs.classify_run import check_counts, check_poses, device_errors, kept_settings, run_iterations
+from frazil.jobs.inputs import PIXEL_TOLERANCE
+from frazil.jobs.particles_input import Subset, memory_budget, open_checked, read_table, tick, usable_particles, warn_of_oddities
+from frazil.jobs.refine_files import beside
+from frazil.jobs.run import Run
+from frazil.refine.gradient import Moments
+from frazil.refine.parallel import world_of_environment
+from frazil.steps.class2d import FORM, Class2dParams, GradientState, class2d, initial_state, resolved
+from frazil.steps.classify import ClassifyJob, ClassifyState, make_engine
+
+POSITIONAL = ("particles",)
+HAS_RUN_DIRECTORY = True
+
+
+def _field(default: Any, text: str, level: str = "expert", *, may_change: bool = False, **limits: Any) -> Any:
+    return Field(default, description=text, json_schema_extra={"unit": "", "level": level, "may_change": may_change}, **limits)
+
+
+class Params(Class2dParams):
+    """Class averages of particles, without a reference."""
+
+    particles: Path | None = _field(None, "particle STAR file (RELION 3.0 to 5); with --continue those of its data.star", "basic")
+    reference: Path | None = _field(None, "stack of averages to start from, one a class (or one for all); none: from the particles alone")
+    mask: Path | None = _field(None, "solvent mask for the averages, an image with values 0 to 1; none: a circle of the diameter")
+    continue_: Path | None = _field(None, "go on from this run_itNNN_optimiser.star (em), with its settings but those given here", "basic")
+    write_every: int = _field(10, "write run_itNNN files every so many iterations; 0: of the last only", ge=0, may_change=True)
+    iterations: int = _field(0, Class2dParams.model_fields["iterations"].description or "", "basic", ge=0, may_change=True)
+
+    @field_validator("diameter")
+    @classmethod
+    def _positive(cls, value: float) -> float:
+        if value <= 0 and value != -1:
+            raise ValueError("should be above 0, or -1 for the whole box")
+        return value
+
+
+def run(params: Params, run: Run) -> None:
+    """Classify, writing RELION's files, a checkpoint to resume from, and a report with the sheet of averages at the end."""
+    world = world_of_environment()
+    state, params, table = first_look(params)
+    optics = table.particles.optics[int(table.particles.group.min())]
+    params = resolved(params, optics.pixel_size)
+    images = open_checked(table, run.threads)
+    references = None if params.reference is None else read_averages(params.reference, params.classes, optics.box, optics.pixel_size)
+    mask = None if params.mask is None else read_image_mask(params.mask, optics.box)
+    used = usable_particles(run, table, images, lambda good: check_counts(params, good, len(table), params.particles or params.continue_))
+    warn_of_oddities(run, params.diameter, table, images, used)
+    saved = world.tell(run.load_checkpoint() if world.rank == 0 else None)
+    budget = memory_budget(run, (saved or {}).get("budget", 0))
+    engine = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
+    particles = table.particles[used]
+    count = len(particles)
+    job = ClassifyJob(Subset(images, used), params, engine, FORM, mask, tick=lambda done: tick(run, count, min(done, count)), world=world)
+    with device_errors(run):
+        if saved is not None:
+            state = unpack_gradient(saved, unpack_state(saved, particles, engine.device), engine.device)
+            run.note(f"resuming after iteration {state.progress.iteration}")
+        elif state is not None:
+            state = part_of(state, used)
+            maps = state.model.maps.to(device=engine.device, dtype=engine.dtype)
+            state = replace(state, model=replace(state.model, maps=maps))
+            run.note(f"{count} particles, {params.classes} classes, going on after iteration {state.progress.iteration}")
+        else:
+            size = f"box {optics.box} px of {optics.pixel_size:g} Å"
+            run.note(f"{count} particles in {len(particles.micrographs)} micrographs, {params.classes} classes, {size}")
+            state = initial_state(job, particles, optics.pixel_size, references)
+    out = Output(run.path, table[used], params, run.seed, (str(params.mask or "None"), "None"), extra=settings(params))
+    state = run_iterations(run, job, state, out, params.write_every, budget, loop=class2d, pack=pack_gradient)
+    if world.rank == 0:
+        class_report(run.path)
+        summarise(run, state)
+
+
+def settings(params: Params) -> tuple[tuple[str, Any], ...]:
+    """Entries of optimiser.star that only a 2D classification has."""
+    vdam = params.method == "vdam"
+    found = {"rlnDoCenterClasses": int(params.center_classes), "rlnDoGradientRefine": int(vdam)}
+    return tuple((found | ({"rlnSgdClassInactivityThreshold": params.inactivity_threshold} if vdam else {})).items())
+
+
+def first_look(params: Params) -> tuple[ClassifyState | None, Params, ParticleSet]:
+    """(state to continue, parameters completed from it, particles): what can be told without images."""
+    state = None
+    if params.continue_ is not None:
+        state, table, params = continued(params)
+    elif params.particles is None:
+        raise BadInput("PARTICLES is missing; give a particle STAR file, or --continue with the optimiser.star of an iteration")
+    else:
+        table = read_table(params.particles)
+    check_poses(params, table)
+    return state, params, table
+
+
+def continued(params: Params) -> tuple[ClassifyState, ParticleSet, Params]:
+    """The state, particles and completed parameters of --continue."""
+    path = params.continue_
+    assert path is not None
+    if params.reference is not None:
+        raise BadInput(f"--continue goes on with the averages of {path}; leave --reference out")
+    if params.method == "vdam":
+        raise BadInput(f"{path}: a gradient run goes on with --resume only, which keeps its momenta; with --continue give --method em")
+    state, table, general = read_classification(path, Path.cwd())
+    if state.model.maps.ndim != 3:
+        raise BadInput(f"{path}: is of a 3D classification; `frazil class3d` continues it")
+    if params.particles is not None:
+        given = read_table(params.particles)
+        i, _ = match_by_image_name(given, table)
+        if len(i) != len(given) or len(given) != len(table):
+            held = f"{len(i)} of its {len(given)} particles are among the {len(table)}"
+            raise BadInput(f"{params.particles}: {held} of {path}; leave it out to go on with those")
+    if "classes" in params.model_fields_set and params.classes != state.model.classes:
+        raise BadInput(f"{path}: has {state.model.classes} classes, --classes is {params.classes}; leave that out")
+    find: Callable[[str], Path] = lambda label: beside(path, Path.cwd(), general[label])  # noqa: E731
+    kept = kept_settings(params, general, find("rlnModelStarFile"), find("rlnOrientSamplingStarFile"), state.model.pixel_size)
+    params = params.model_copy(update={**kept, "classes": state.model.classes})
+    if state.progress.iteration >= (params.iterations or 25):
+        raise BadInput(f"{path}: iteration {state.progress.iteration} is done, --iterations is {params.iterations}; raise it")
+    return state, table, params
+
+
+def read_averages(path: Path, classes: int, box: int, pixel_size: float) -> Tensor:
+    """(1 or K, N, N) averages to start from, of the particles' box and pixel size."""
+    file = read_mrc(path)
+    stack = file.data[None] if file.data.ndim == 2 else file.data
+    if stack.shape[-2:] != (box, box):
+        raise BadInput(f"{path}: images of {stack.shape[-1]} x {stack.shape[-2]} px, but the particles' box is {box} px; resample them")
+    if file.pixel_size and abs(file.pixel_size - pixel_size) > PIXEL_TOLERANCE * pixel_size:
+        raise BadInput(f"{path}: pixel size {file.pixel_size:g} Å, but the particles' is {pixel_size:g} Å; resample them")
+    if len(stack) not in (1, classes):
+        raise BadInput(f"{path}: holds {len(stack)} averages, --classes is {classes}; give --classes {len(stack)}")
+    if not bool(torch.isfinite(stack).all()):
+        raise BadInput(f"{path}: holds NaN or infinite pixels; make the averages again")
+    return stack
+
+
+def read_image_mask(path: Path, box: int) -> Tensor:
+    """(N, N) mask of the averages, values 0 to 1."""
+    data = read_mrc(path).data
+    mask = data[0] if data.ndim == 3 and len(data) == 1 else data
+    if tuple(mask.shape) != (box, box):
+        size = " x ".join(map(str, mask.shape))
+        raise BadInput(f"{path}: is {size} px; a mask for the averages is one image of the particles' box, {box} x {box} px")
+    low, high = float(mask.min()), float(mask.max())
+    if not (low >= -1e-5 and high <= 1 + 1e-5 and high > 0):  # false for NaN too
+        raise BadInput(f"{path}: values run from {low:.4g} to {high:.4g}, expected 0 to 1 and not all 0; make the mask again")
+    return mask
+
+
+def pack_gradient(state: ClassifyState) -> dict[str, Any]:
+    """pack_state, with the momenta of a gradient run."""
+    moments = state.moments if isinstance(state, GradientState) else None
+    kept = None if moments is None else {"first": moments.first.cpu(), "second": moments.second.cpu(), "begun": moments.begun}
+    return {**pack_state(state), "moments": kept}
+
+
+def unpack_gradient(saved: dict[str, Any], state: ClassifyState, device: str) -> ClassifyState:
+    """The state with the momenta of its checkpoint."""
+    kept = saved.get("moments")
+    if kept is None:
+        return state
+    moments = Moments(kept["first"].to(device), kept["second"].to(device), kept["begun"])
+    return GradientState(**vars(state), moments=moments)
+
+
+def summarise(run: Run, state: ClassifyState) -> None:
+    """The lines a person wants."""
+    counts = torch.bincount(state.poses.klass, minlength=state.model.classes)
+    best, used = resolutions(state).amin(), int((counts > 0).sum())
+    largest = 100 * float(counts.max()) / max(1, len(state.particles))
+    root = run.file(f"run_it{state.progress.iteration:03d}")
+    run.summary(
+        f"{used} classes hold particles, the largest {largest:.1f} %; best resolution {float(best):.1f} Å",
+        f"averages {root}_classes.mrcs, sheet {run.file('classes.png')}",
+        f"{state.progress.iteration} iterations, {len(state.particles)} particles, report {run.file('report.html')}",
+    )
