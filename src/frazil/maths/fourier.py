@@ -213,12 +213,16 @@ def _cropped_by_products(half: Tensor, big: int, box: int) -> Tensor:
     both, positive = torch.arange(-m, m + 1, device=half.device), torch.arange(m + 1, device=half.device)
     share = torch.where(2 * both.abs() < big, 1.0, torch.where(2 * both.abs() == big, 0.5, 0.0)).to(half.real.dtype)
     wave = _waves(both, box, big, half).conj() * share  # (z, kz)
-    part = (wave @ half.reshape(2 * m + 1, -1)).view(box, 2 * m + 1, m + 1).transpose(1, 2)  # (z, kx, ky)
-    part = (part @ wave.T).transpose(1, 2)  # (z, y, kx)
     twice = torch.where(2 * positive < big, 2.0, torch.where(2 * positive == big, 1.0, 0.0)).to(half.real.dtype)
     twice[0] = 1.0
     right = torch.view_as_real(_waves(positive, box, big, half) * twice).permute(1, 2, 0).reshape(-1, box)  # Re(f conj(w)) = re·re + im·im
-    return (torch.view_as_real(part.contiguous()).reshape(box * box, -1) @ right).view(box, box, box)
+    out = half.real.new_empty(box, box, box)
+    for z in torch.arange(box).split(max(1, PRODUCT // half[0].numel())):
+        some = slice(int(z[0]), int(z[-1]) + 1)
+        part = (wave[some] @ half.reshape(2 * m + 1, -1)).view(-1, 2 * m + 1, m + 1)  # (z, ky, kx)
+        part = (part.transpose(1, 2) @ wave.T).transpose(1, 2).contiguous()  # (z, y, kx)
+        out[some] = (torch.view_as_real(part).reshape(len(z) * box, -1) @ right).view(-1, box, box)
+    return out
 
 
 def map_from_half_volume(half: Tensor, pad: float, box: int) -> Tensor:

@@ -43,9 +43,15 @@ def shell_means(value: Tensor, pad: float, shells: int, *, floor: bool = False, 
         inside = radius < m - 1 if strict else radius <= m - 1
         shell = ((radius / pad) if floor else (radius / pad + 0.5)).long()
         inside &= shell < shells
-        total.index_add_(0, shell[inside], value[part][inside].double())
-        count.index_add_(0, shell[inside], torch.ones_like(radius[inside]))
+        shell = torch.where(inside, shell, shells)
+        total += by_shell(shell, value[part], shells)
+        count += torch.bincount(shell.reshape(-1), minlength=shells + 1)[:shells]
     return torch.where(count > 0, total / count.clamp(min=1), 0).cpu()
+
+
+def by_shell(shell: Tensor, value: Tensor, shells: int) -> Tensor:
+    """(shells,) float64 sums of values whose shell is below `shells`."""
+    return torch.bincount(shell.reshape(-1), value.reshape(-1).double(), minlength=shells + 1)[:shells]
 
 
 def map_variance(weight: Tensor, pad: float, box: int) -> Tensor:
@@ -145,14 +151,14 @@ def wiener(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: i
     for part, radius in slabs(m, data.device, most=1 << 22):
         inside = radius <= m - 1
         reg = regularised(part, radius)
-        floor_shell = (radius / pad).long().clamp(max=shells)
-        floor_sum.index_add_(0, floor_shell[inside], reg[inside])
-        floor_count.index_add_(0, floor_shell[inside], torch.ones_like(reg[inside]))
+        floor_shell = torch.where(inside, (radius / pad).long().clamp(max=shells), shells + 1)
+        floor_sum += by_shell(floor_shell, reg, shells + 1)
+        floor_count += by_shell(floor_shell, torch.ones_like(reg), shells + 1)
         if table is not None:
-            shell = (radius / pad + 0.5).long().clamp(max=shells)
+            shell = torch.where(inside, (radius / pad + 0.5).long().clamp(max=shells), shells + 1)
             hit = kappa * table[shell.clamp(max=shells - 1)] * weight[part].double() >= 1
-            hits.index_add_(0, shell[inside], hit[inside].double())
-            count.index_add_(0, shell[inside], torch.ones_like(reg[inside]))
+            hits += by_shell(shell, hit, shells + 1)
+            count += by_shell(shell, torch.ones_like(reg), shells + 1)
     least = torch.where(floor_count > 0, floor_sum / floor_count.clamp(min=1), 0) / 1000
     for part, radius in slabs(m, data.device, most=1 << 22):
         reg = regularised(part, radius)

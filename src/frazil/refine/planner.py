@@ -65,7 +65,8 @@ def make_plan(shape: Shape, budget: int, shrink: int = 1) -> Plan:
     sums = {real: shape.classes * half_volume_bytes(shape, 3 * real) for real in (4, 8)}
     double = shape.real == 8 or (not shape.on_gpu and reference + sums[8] < budget // 2)
     fixed = reference + sums[8 if double else 4]
-    working = min(max(budget - fixed, budget // 20, LEAST), MOST) // shrink
+    # A quarter is left for the allocator's fragments and what lives between the phases.
+    working = min(max(3 * (budget - fixed) // 4, budget // 20, LEAST), MOST) // shrink
     whole_bytes = shape.box**2 * 8 * shape.real
     return Plan(
         images=max(1, working // 4 // (shape.pixels * 20 * shape.real)),

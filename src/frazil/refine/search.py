@@ -40,6 +40,7 @@ class Pass:
     model: Model
     volumes: Tensor  # (K, …) half volumes (2D: half planes) of the references
     grid: Grid  # on the engine's device
+    host: Grid  # the same in main memory
     engine: Engine
     size: int  # n_c
     coarse_size: int  # n_0
@@ -92,9 +93,7 @@ def reference_volumes(model: Model, size: int, engine: Engine) -> Tensor:
     return out
 
 
-def make_pass(
-    model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], cc: bool, clock: Clock
-) -> Pass:
+def make_pass(model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], cc: bool, clock: Clock) -> Pass:
     """A pass over a grid with a model; transforms the references."""
     with clock("reference"):
         volumes = reference_volumes(model, sizes[0], engine)
@@ -103,7 +102,7 @@ def make_pass(
     if grid.sampling.sigma is not None:
         prior = model.pdf_class[:, None].expand(-1, grid.directions)
     log_direction = prior.log().to(device=engine.device, dtype=engine.dtype)
-    return Pass(model, volumes, grid.to(engine.device), engine, *sizes, cc, clock, log_direction, offset.to(engine.device))
+    return Pass(model, volumes, grid.to(engine.device), grid, engine, *sizes, cc, clock, log_direction, offset.to(engine.device))
 
 
 def make_group(step: Pass, number: int, frame: Frame, plan: Plan) -> Group:
@@ -322,8 +321,8 @@ def local_rows(step: Pass, particles: Particles, index: Tensor, only: int | None
         log = torch.zeros(len(index), dtype=torch.float64, device=engine.device)
     else:
         centre = particles.prior_rotation if particles.prior_rotation is not None else particles.rotation
-        near = neighbours(grid, centre[index], engine.relion_form)
-        image, o, log = near.image, near.orientation, near.log_prior
+        near = neighbours(step.host, centre[index], engine.relion_form)
+        image, o, log = (t.to(engine.device) for t in (near.image, near.orientation, near.log_prior))
     classes = torch.arange(step.model.classes, device=o.device) if only is None else torch.tensor([only], device=o.device)
     k = len(classes)
     o = o.repeat(k) + classes.repeat_interleave(len(o)) * grid.orientations
