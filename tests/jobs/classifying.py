@@ -13,7 +13,7 @@ from frazil.io.star import read_star, write_star
 COUNT = 120  # of each phantom
 SMALL = ("--initial-lowpass", LOW, "--diameter", 120, "--offset-range", 3, "--iterations", 6, "--classes", 2)
 
-__all__ = ["BOX", "COUNT", "FAST", "LOW", "PIXEL", "classify", "command", "two_phantoms"]
+__all__ = ["BOX", "COUNT", "FAST", "LOW", "PIXEL", "SMALL", "classify", "command", "two_phantoms"]
 
 
 def two_phantoms(folder: Path, count: int = COUNT) -> Path:
@@ -31,15 +31,17 @@ def two_phantoms(folder: Path, count: int = COUNT) -> Path:
     return folder
 
 
-def command(data: Path, output: Path, *options: object, star: str = "particles.star") -> list[str]:
-    """The command line of a small classification; `options` may repeat and so replace any of its own."""
-    words = [data / star, *with_defaults(("--reference", data / "a" / "reference_lowpass.mrc", *SMALL, *FAST), options), "--output", output]
+def command(data: Path, output: Path, *options: object, star: str = "particles.star", without: tuple[str, ...] = ()) -> list[str]:
+    """The command line of a small classification; `options` replace those of its own that they name, `without` leaves some out."""
+    usual = with_defaults(("--reference", data / "a" / "reference_lowpass.mrc", *SMALL, *FAST), (*options, *without))
+    usual = usual[: len(usual) - len(without)] if without else usual
+    words = [data / star, *usual, "--output", output]
     return ["class3d", *map(str, words), "--quiet"]
 
 
-def classify(data: Path, output: Path, *options: object, star: str = "particles.star") -> Path:
+def classify(data: Path, output: Path, *options: object, star: str = "particles.star", without: tuple[str, ...] = ()) -> Path:
     """Run it in this process; the output directory of a run that ended well."""
-    assert main(command(data, output, *options, star=star)) == 0
+    assert main(command(data, output, *options, star=star, without=without)) == 0
     return output
 
 

@@ -237,7 +237,7 @@ def read_references(path: Path, folder: Path, names: list[str]) -> list[Tensor]:
 
 def beside(path: Path, folder: Path, name: str) -> Path:
     """The file a STAR file names, below `folder`, beside the STAR file, or as it is; raises BadInput where it is nowhere."""
-    for candidate in (folder / name, path.parent / Path(name).name, Path(name)):
+    for candidate in (folder / name, path.parent / name, path.parent / Path(name).name, Path(name)):
         if candidate.exists():
             return candidate
     raise BadInput(f"{path}: the file {name} it names is neither in {folder} nor beside it")

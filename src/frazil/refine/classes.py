@@ -77,8 +77,8 @@ def class_shells(ssnr: Tensor) -> Tensor:
 
 
 def classes_of(model: Model, index: Tensor) -> Model:
-    """The model with only some of its classes (k,); their priors are scaled to sum to 1."""
-    if len(index) == model.classes:
+    """The model of the classes `index` (k,) of it, in that order, one perhaps repeatedly; their priors are scaled to sum to 1."""
+    if index.tolist() == list(range(model.classes)):
         return model
     some = {name: getattr(model, name)[index] for name in BY_CLASS if getattr(model, name, None) is not None}
     total = some["pdf_class"].sum()

@@ -1,0 +1,64 @@
+"""Writing files while something else is computed."""
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from frazil.jobs.writer import Writer
+
+
+def test_work_is_done_in_order_and_all_of_it():
+    done = []
+    with Writer() as writer:
+        for i in range(20):
+            writer.do(lambda i=i: done.append(i))
+    assert done == list(range(20))
+
+
+def test_only_the_newest_of_a_name_is_done():
+    done, gate = [], threading.Event()
+    with Writer(most=3) as writer:
+        writer.do(lambda: gate.wait(10))  # what follows has to wait
+        for i in range(50):
+            writer.newest("checkpoint", lambda i=i: done.append(i))
+        gate.set()
+    assert done[-1] == 49 and len(done) <= 2
+
+
+def test_the_caller_waits_when_too_much_waits():
+    gate, reached = threading.Event(), []
+    with Writer(most=1) as writer:
+        writer.do(lambda: gate.wait(10))
+
+        def produce() -> None:
+            for i in range(3):
+                writer.do(lambda: None)
+                reached.append(i)
+
+        producer = threading.Thread(target=produce)
+        producer.start()
+        producer.join(0.3)
+        assert producer.is_alive() and len(reached) <= 2
+        gate.set()
+        producer.join(10)
+    assert reached == [0, 1, 2]
+
+
+def test_a_failure_is_raised_by_the_next_call_or_on_leaving():
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), Writer() as writer:
+        writer.do(fail)
+    with pytest.raises(OSError, match="No space"), Writer() as writer:
+        for _ in range(1000):
+            writer.do(fail)
+
+
+def test_an_error_of_the_caller_still_lets_the_last_checkpoint_be_written():
+    done = []
+    with pytest.raises(KeyError), Writer() as writer:
+        writer.newest("checkpoint", lambda: done.append("kept"))
+        raise KeyError("stop")
+    assert done == ["kept"]

@@ -1,0 +1,130 @@
+"""Several processes: shares, sums and poses through gloo in main memory; retries when memory runs out."""
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from frazil.refine.model import Model, Poses, Statistics
+from frazil.refine.parallel import SMALLEST_SHARE, World, join, leave, local_device, with_less_memory, world_of_environment
+from frazil.refine.windows import Engine
+
+N = 7
+
+
+def statistics(seed: int) -> Statistics:
+    """Random sums."""
+    g = torch.Generator().manual_seed(seed)
+    f = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    return Statistics(
+        torch.complex(f(2, 5, 5, 3), f(2, 5, 5, 3)), f(2, 5, 5, 3), (f(4), f(6)), f(2), f(2, 3), float(f(1)), f(2, 2), f(3), f(3),
+        float(f(1)), float(f(1)), float(f(1)), 10 + seed,
+    )  # fmt: skip
+
+
+def poses(index: torch.Tensor) -> Poses:
+    """Poses that tell whose they are."""
+    made = Poses.empty(len(index))
+    made.shift[:, 0] = index.double()
+    made.klass[:] = index % 3
+    return made
+
+
+def model(rank: int) -> Model:
+    """A model that differs between the processes."""
+    x = torch.full((2, 3), float(rank), dtype=torch.float64)
+    maps = x[:, None, None, :].expand(2, 3, 3, 3)
+    return Model(maps, 1.0, (x[0],), x[0], float(rank), 1.0, x[:, 0], x, x, x, x[0], x, x, log_likelihood=rank)
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """What one of two processes does."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    world = join("cpu")
+    total = world.total(statistics(rank))
+    everyone = world.gather(poses(world.share(N)), N)
+    same = world.agree(model(rank + 3))
+    told = world.tell({"a": 10 * (rank + 1), "b": torch.tensor([rank])})
+    torch.save({"total": vars(total), "poses": vars(everyone), "model": vars(same), "told": told, "world": (world.rank, world.size)},
+               f"{folder}/{rank}.pt")  # fmt: skip
+    leave()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    """What two processes found."""
+    folder = tmp_path_factory.mktemp("parallel")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(work, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_sums_of_all_processes_are_on_each(results):
+    wanted = statistics(0) + statistics(1)
+    for found in results:
+        for f in fields(Statistics):
+            a, b = found["total"][f.name], getattr(wanted, f.name)
+            pairs = zip(a, b, strict=True) if isinstance(b, tuple) else [(a, b)]
+            for x, y in pairs:
+                assert torch.allclose(torch.as_tensor(x), torch.as_tensor(y), rtol=1e-14), f.name
+    assert isinstance(results[0]["total"]["particles"], int)
+
+
+def test_poses_come_back_in_order(results):
+    for found in results:
+        assert found["poses"]["shift"][:, 0].tolist() == list(range(N))
+        assert found["poses"]["klass"].tolist() == [i % 3 for i in range(N)]
+
+
+def test_all_go_on_with_the_first_ones_model(results):
+    for found in results:
+        assert float(found["model"]["maps"].min()) == float(found["model"]["maps"].max()) == 3.0
+        assert found["model"]["norm_average"] == 3.0 and float(found["model"]["sigma2"][0][0]) == 3.0
+        assert found["told"] == {"a": 10, "b": torch.tensor([0])}
+    assert [found["world"] for found in results] == [(0, 2), (1, 2)]
+
+
+def test_shares_are_disjoint_and_complete():
+    for size in (1, 2, 3, 5):
+        parts = [World(rank, size).share(N) for rank in range(size)]
+        assert sorted(torch.cat(parts).tolist()) == list(range(N))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_alone_nothing_is_copied():
+    world, sums = World(), statistics(1)
+    assert world.total(sums) is sums and world.tell(sums) is sums and world_of_environment() == world
+
+
+def test_torchrun_gives_each_process_its_gpu(monkeypatch):
+    assert local_device("cuda:0") == "cuda:0" and local_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert local_device("cuda") == "cuda:3" and local_device("cpu") == "cpu"
+
+
+def test_smaller_batches_when_memory_runs_out():
+    tried = []
+
+    def needs_a_quarter(engine: Engine) -> str:
+        tried.append(engine.shrink)
+        if engine.shrink < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert with_less_memory(Engine(diameter=1), needs_a_quarter) == "done" and tried == [1, 2, 4]
+
+    def never(engine: Engine) -> str:
+        tried.append(engine.shrink)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tried.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        with_less_memory(replace(Engine(diameter=1), shrink=2), never)
+    assert tried == [2, 4, 8, SMALLEST_SHARE]
