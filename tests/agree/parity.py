@@ -7,7 +7,7 @@ from torch import Tensor
 from frazil.maths.fourier import map_from_half_volume, shell_round
 from frazil.maths.fourier2d import hermitian_planes, images_from_planes
 from frazil.maths.gridding import sinc2
-from frazil.maths.masks import mask_images
+from frazil.maths.masks import mask_images, mask_volume
 from frazil.refine import maximization as m_step
 from frazil.refine.planes import flatten_planes
 
@@ -49,7 +49,7 @@ def relion_map(data: Tensor, weight: Tensor, tau2: Tensor) -> Tensor:
     mean = torch.bincount(shell[inner], full[inner]) / torch.bincount(shell[inner])
     full = torch.maximum(full, mean[shell] / 1000)
     volume = torch.where((square <= (m - 1) ** 2) & (full > 0), data / full.clamp(min=1e-300), 0)
-    density = m_step.soft_sphere_fill(map_from_half_volume(volume, PAD, BOX), BOX / 2, m_step.EDGE_PX)
+    density = mask_volume(map_from_half_volume(volume, PAD, BOX), BOX / 2, m_step.EDGE_PX)
     return m_step.flatten_solvent(density / sinc2(BOX, PAD, dtype=torch.float64), PIXEL, DIAMETER, 5.0, None)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frazil.maths.fourier import padded_ft
 from frazil.maths.gridding import sinc2
-from frazil.refine.maximization import MIN_SHELL, map_variance, prepare_sums_, reconstruct, shell_means
+from frazil.refine.maximization import MIN_SHELL, make_finish, map_variance, prepare_sums_, reconstruct, shell_means
 from frazil.refine.model import Model, Statistics
 from frazil.refine.windows import Engine
 
@@ -53,13 +53,14 @@ def reconstruct_classes(statistics: Statistics, tau2: Tensor, group: str, box: i
     """
     k, pad = len(tau2), engine.pad
     maps = torch.zeros(k, box, box, box, dtype=engine.dtype, device=place)
-    spectra = torch.zeros(3, k, box // 2 + 1, dtype=torch.float64)
+    spectra, finish = torch.zeros(3, k, box // 2 + 1, dtype=torch.float64), None
     for i in range(k):
         data, weight = prepare_sums_(statistics.data[i], statistics.weight[i], group, engine.implementation)
         spectra[0, i] = data_vs_prior(weight, tau2[i], pad)
         spectra[1, i] = map_variance(weight, pad, box)
         if bool(spectra[1, i].max() > 0):
-            density, spectra[2, i] = reconstruct(data, weight, tau2[i], pad, box, engine.dtype)
+            finish = finish or make_finish(box, pad, data.device, engine.dtype)
+            density, spectra[2, i] = reconstruct(data, weight, tau2[i], pad, box, engine.dtype, finish)
             maps[i] = density.to(place)
     return Reconstruction(maps, *spectra)
 

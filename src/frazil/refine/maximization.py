@@ -168,31 +168,48 @@ def wiener(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: i
     return data, (hits / count.clamp(min=1))[:shells].cpu()
 
 
+@dataclass(frozen=True)
+class Finish:
+    """What every map of a box is cut and divided by at the end: made once for all classes."""
+
+    sphere: Tensor  # (N, N, N) 1 inside N/2, cosine edge to 0
+    outside: Tensor  # sum of 1 − sphere
+    correction: Tensor  # (N, N, N) sinc² of the interpolation
+
+
+def make_finish(box: int, pad: float, device: torch.device | str, dtype: torch.dtype) -> Finish:
+    """The soft sphere and the interpolation's sinc² of a box (spec 3.4)."""
+    sphere = soft_sphere(box, box / 2, EDGE_PX, device, dtype)
+    return Finish(sphere, (1 - sphere).sum().clamp(min=1e-12), sinc2(box, pad, device=device, dtype=dtype))
+
+
 def reconstruct(
-    data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """(map (N, N, N), coverage) of a half volume's sums: division, transform, soft sphere, interpolation's sinc² (spec 3.4)."""
+    data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: int, dtype: torch.dtype = torch.float32,
+    finish: Finish | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(map (N, N, N), coverage) of a half volume's sums: division, transform, soft sphere, interpolation's sinc² (spec 3.4).
+
+    Outside the sphere comes the mean of what was there. `finish`: made before, for several maps on one device.
+    """
     volume, coverage = wiener(data, weight, tau2, pad, box)
     density = map_from_half_volume(volume, pad, box).to(dtype)
-    density = soft_sphere_fill(density, box / 2, EDGE_PX)
-    return density / sinc2(box, pad, device=density.device, dtype=dtype), coverage
+    finish = finish or make_finish(box, pad, density.device, dtype)
+    fill = (density.sum() - density.reshape(-1) @ finish.sphere.reshape(-1)) / finish.outside
+    return torch.lerp(fill, density, finish.sphere) / finish.correction, coverage
 
 
-def soft_sphere_fill(density: Tensor, radius: float, edge: float) -> Tensor:
-    """The map inside a sphere with a cosine edge towards the weighted mean outside it."""
-    mask = soft_sphere(density.shape[-1], radius, edge, density.device, density.dtype)
-    outside = ((1 - mask) * density).sum() / (1 - mask).sum().clamp(min=1e-12)
-    return mask * density + (1 - mask) * outside
+def solvent_sphere(like: Tensor, pixel_size: float, diameter: float, edge: float) -> Tensor:
+    """(N, N, N) soft sphere of the particle's diameter (≤ 0: the box less the edge), of the type and on the device of a map."""
+    box = like.shape[-1]
+    return soft_sphere(box, diameter / (2 * pixel_size) if diameter > 0 else box / 2 - edge, edge, like.device, like.dtype)
 
 
 def flatten_solvent(
     density: Tensor, pixel_size: float, diameter: float, edge: float, mask: Tensor | None, mask2: Tensor | None = None
 ) -> Tensor:
     """Map times its solvent mask (given, or a sphere of the particle's diameter), spec 3.6.10; mask2: a region set to its own mean."""
-    box = density.shape[-1]
     if mask is None:
-        radius = diameter / (2 * pixel_size) if diameter > 0 else box / 2 - edge
-        mask = soft_sphere(box, radius, edge, density.device, density.dtype)
+        mask = solvent_sphere(density, pixel_size, diameter, edge)
     out = density * mask.to(density)
     if mask2 is not None:
         m2 = mask2.to(density)

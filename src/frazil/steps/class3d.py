@@ -9,7 +9,7 @@ from torch import Tensor
 from frazil.maths.filters import lowpass_map
 from frazil.refine.classes import Reconstruction, reconstruct_classes, reference_power
 from frazil.refine.convergence import Progress
-from frazil.refine.maximization import flatten_solvent
+from frazil.refine.maximization import flatten_solvent, solvent_sphere
 from frazil.refine.model import Model, Statistics
 from frazil.refine.sampling import Sampling
 from frazil.steps.classify import ClassifyJob, ClassifyParams, Form, setting
@@ -74,8 +74,9 @@ def finish_(job: ClassifyJob, maps: Tensor, pixel_size: float) -> Tensor:
     if not p.flatten_solvent:
         return maps
     assert isinstance(p, Class3dParams)
+    mask = solvent_sphere(maps[0], pixel_size, p.diameter, p.mask_edge) if job.mask is None else job.mask.to(maps)
     for i, density in enumerate(maps):
-        flat = flatten_solvent(density, pixel_size, p.diameter, p.mask_edge, job.mask, job.mask2)
+        flat = flatten_solvent(density, pixel_size, p.diameter, p.mask_edge, mask, job.mask2)
         if job.mask_lowpass is not None:
             flat = flat + lowpass_map(density * job.mask_lowpass.to(density), pixel_size, p.mask_lowpass_resolution)
         maps[i] = flat
