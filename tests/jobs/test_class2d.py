@@ -1,0 +1,219 @@
+"""frazil class2d on a tiny set of known classes: files, the sheet, stopping and going on, bad input."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tests.jobs.refining import FAST, iterations, nothing_half_written, warnings_of, with_defaults
+
+import frazil.steps.class2d as vdam_step
+import frazil.steps.classify as step
+from frazil.cli import main
+from frazil.io.mrc import read_stack, write_mrc
+from frazil.io.star import read_star, write_star
+from frazil.jobs.class_report import class_report
+from frazil.jobs.class_sheet import last_stack, plot_averages
+from frazil.jobs.classify_files import read_classification
+from frazil.maths.masks import soft_circle
+from frazil.simulate.averages import agreement, particles_of, pictures
+
+BOX, PIXEL, KINDS, COUNT, LAST = 32, 4.0, 2, 150, 4
+SMALL = ("--classes", 3, "--diameter", 100, "--iterations", LAST, "--psi-step", 20, "--offset-range", 3, "--max-significant", 60,
+         "--write-every", 1, *FAST)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_numba_thread():
+    import numba
+
+    numba.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stack of particles of two pictures, particles.star; truth.mrcs holds the pictures. The kind is the image's number modulo 2."""
+    folder, generator = tmp_path_factory.mktemp("class2d"), torch.Generator().manual_seed(5)
+    truth = pictures(KINDS, BOX, generator)
+    images, particles, _ = particles_of(truth, COUNT, PIXEL, 1.0, 0.7, generator)
+    write_mrc(folder / "stack.mrcs", images, PIXEL, stack=True)
+    write_mrc(folder / "truth.mrcs", truth, PIXEL, stack=True)
+    optics = pd.DataFrame({
+        "rlnOpticsGroupName": ["a"], "rlnOpticsGroup": [1], "rlnVoltage": [300.0], "rlnSphericalAberration": [2.7],
+        "rlnAmplitudeContrast": [0.1], "rlnImagePixelSize": [PIXEL], "rlnImageSize": [BOX], "rlnImageDimensionality": [2],
+    })  # fmt: skip
+    table = pd.DataFrame({
+        "rlnImageName": [f"{i + 1:06d}@stack.mrcs" for i in range(COUNT)], "rlnMicrographName": "m.mrc", "rlnOpticsGroup": 1,
+        **{f"rlnDefocus{x}": particles.defocus[:, i].numpy() for i, x in enumerate(("U", "V", "Angle"))},
+    })  # fmt: skip
+    write_star(folder / "particles.star", {"optics": optics, "particles": table})
+    return folder
+
+
+def command(data: Path, output: Path, *options: object) -> list[str]:
+    """The command line of a small classification; `options` replace those of its own that they name."""
+    return ["class2d", *map(str, [data / "particles.star", *with_defaults(SMALL, options), "--output", output]), "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path) -> Path:
+    """A whole classification, every iteration written, with its pictures."""
+    out = data / "finished"
+    assert main(command(data, out)) == 0
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one line a command that must fail with code 2 prints."""
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and len(error.strip().splitlines()) == 1, error
+    return error
+
+
+class TestFiles:
+    def test_all_are_there_under_relions_names(self, finished):
+        names = {path.name for path in finished.iterdir()}
+        for i in range(1, LAST + 1):
+            ends = ("data.star", "model.star", "optimiser.star", "sampling.star", "classes.mrcs")
+            assert {f"run_it{i:03d}_{end}" for end in ends} <= names
+        assert {"run_data.star", "run_unmasked_classes.mrcs", "classes.png", "report.html", "checkpoint.pt"} <= names
+        assert nothing_half_written(finished)
+
+    def test_the_model_says_what_the_averages_are(self, finished):
+        model, event = read_star(finished / f"run_it{LAST:03d}_model.star"), iterations(finished)[-1]
+        general, classes = model["model_general"], model["model_classes"]
+        assert general["rlnReferenceDimensionality"] == 2 and general["rlnNrClasses"] == 3 and general["rlnTau2FudgeFactor"] == 2
+        assert classes["rlnReferenceImage"].tolist() == [f"{k:06d}@{finished}/run_it{LAST:03d}_classes.mrcs" for k in (1, 2, 3)]
+        assert classes["rlnClassDistribution"].tolist() == pytest.approx(event["occupancy"], abs=1e-6)
+        assert classes["rlnEstimatedResolution"].tolist() == pytest.approx(event["class_resolution"], rel=1e-5)
+        assert len(set(classes["rlnAccuracyRotations"])) == 3 and (classes["rlnAccuracyRotations"] <= 30).all()
+        assert all(classes[f"rlnClassPriorOffset{x}"].abs().max() < 3 * PIXEL for x in "XY")
+        masked, plain = read_stack(finished / f"run_it{LAST:03d}_classes.mrcs"), read_stack(finished / "run_unmasked_classes.mrcs")
+        assert masked.shape == plain.shape == (3, BOX, BOX)
+        middle = soft_circle(BOX, 100 / (2 * PIXEL), 5.0)
+        assert torch.allclose(masked, plain * middle, atol=1e-6)
+        sampling = read_star(finished / f"run_it{LAST:03d}_sampling.star")["sampling_general"]
+        assert sampling["rlnIs3DSampling"] == 0 and sampling["rlnPsiStep"] == 20
+
+    def test_particles_are_told_apart(self, finished):
+        particles = read_star(finished / "run_data.star")["particles"]
+        found = torch.tensor(particles["rlnClassNumber"].to_numpy(dtype=int)) - 1
+        kind = torch.tensor([int(name.split("@")[0]) for name in particles["rlnImageName"]]) % 2
+        assert agreement(found, kind) > 0.9
+        assert (particles["rlnAngleTilt"].abs() < 1e-4).all() and particles["rlnAnglePsi"].abs().max() > 30
+
+    def test_files_of_an_iteration_are_read_back(self, data, finished, monkeypatch):
+        monkeypatch.chdir(data)
+        state, _, general = read_classification(finished / "run_it002_optimiser.star", data)
+        assert state.model.maps.shape == (3, BOX, BOX) and state.sampling.flat and state.sampling.coarse_step == 20
+        assert state.model.prior_offset is not None and general["rlnDoCenterClasses"] == "1" and general["rlnDoGradientRefine"] == "0"
+
+
+class TestSheet:
+    def test_the_report_shows_the_averages(self, finished):
+        page = class_report(finished).read_text()
+        assert "<h2>Class averages</h2>" in page and "<h2>Classes</h2>" in page and "<h2>Viewing directions</h2>" not in page
+        assert (finished / "classes.png").read_bytes() == (finished / "plots" / "averages.png").read_bytes()
+        assert last_stack(finished) == finished / f"run_it{LAST:03d}_classes.mrcs"
+
+    def test_classes_come_by_falling_count_and_empty_ones_not_at_all(self):
+        averages = torch.stack([torch.full((8, 8), float(k)) + torch.eye(8) for k in range(4)]).numpy()
+        figure = plot_averages(averages, np.array([5, 0, 70, 6]), np.array([20.0, 999, 9.4, 12.0]), 2.0)
+        assert [ax.get_title() for ax in figure.axes] == ["3: 70\n9 Å", "4: 6\n12 Å", "1: 5\n20 Å"]
+        assert [float(np.asarray(ax.images[0].get_array())[0, 1]) for ax in figure.axes] == [2.0, 3.0, 0.0]
+
+    def test_many_classes_go_on_rows_of_ten(self):
+        figure = plot_averages(np.random.default_rng(1).normal(size=(23, 8, 8)), np.arange(1, 24), np.full(23, 10.0), 2.0)
+        assert len(figure.axes) == 30 and sum(bool(ax.images) for ax in figure.axes) == 23
+
+
+class TestGoingOn:
+    @pytest.mark.parametrize(("method", "module", "name"), [("em", step, "iterate"), ("vdam", vdam_step, "gradient_step")])
+    def test_a_run_cut_off_resumes_to_the_same_averages(self, data, tmp_path, monkeypatch, method, module, name):
+        options = ("--method", method, "--write-every", 0)
+        assert main(command(data, tmp_path / "whole", *options)) == 0
+        true, count = getattr(module, name), []
+
+        def dies(job, state):
+            if len(count) == 2:
+                raise MemoryError("cut off")
+            count.append(1)
+            return true(job, state)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, dies)
+            assert main(command(data, tmp_path / "run", *options)) == 1
+        assert main(command(data, tmp_path / "run", *options, "--resume")) == 0
+        a, b = (read_stack(tmp_path / run / f"run_it{LAST:03d}_classes.mrcs") for run in ("run", "whole"))
+        assert torch.equal(a, b)
+        assert [event["iteration"] for event in iterations(tmp_path / "run")] == [1, 2, 3, 4]
+
+    def test_continue_goes_on_from_files(self, data, finished, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(data)
+        start = ["class2d", "--continue", str(finished / "run_it003_optimiser.star"), "--output", str(tmp_path / "more"), "--quiet"]
+        assert main([*start, "--iterations", "4", "--write-every", "1", *map(str, FAST)]) == 0
+        a, b = (read_stack(run / "run_it004_classes.mrcs") for run in (tmp_path / "more", finished))
+        assert float((a - b).norm() / b.norm()) < 2e-3  # to the digits of the STAR files
+        start[-2] = str(tmp_path / "other")
+        assert "--iterations is 3; raise it" in refused(capsys, [*start, "--iterations", "3"])
+        assert "has 3 classes, --classes is 5" in refused(capsys, [*start, "--classes", "5"])
+        assert "goes on with --resume only" in refused(capsys, [*start, "--method", "vdam"])
+        start[-2] = str(tmp_path / "third")
+        assert "`frazil class2d` continues it" in refused(capsys, ["class3d", *start[1:]])
+
+    def test_from_given_averages(self, data, tmp_path):
+        options = ("--reference", data / "truth.mrcs", "--classes", KINDS, "--initial-lowpass", 12, "--iterations", 2, "--write-every", 0)
+        assert main(command(data, tmp_path / "run", *options)) == 0
+        particles = read_star(tmp_path / "run" / "run_data.star")["particles"]
+        kind = np.array([(int(name.split("@")[0]) - 1) % 2 + 1 for name in particles["rlnImageName"]])
+        assert (particles["rlnClassNumber"] == kind).mean() > 0.95
+
+    def test_a_class_that_empties_is_said(self, data, tmp_path):
+        stack = torch.cat([read_stack(data / "truth.mrcs"), 1e4 * torch.randn(1, BOX, BOX, generator=torch.Generator().manual_seed(1))])
+        write_mrc(tmp_path / "three.mrcs", stack, PIXEL, stack=True)
+        options = ("--reference", tmp_path / "three.mrcs", "--initial-lowpass", 12, "--iterations", 2)
+        assert main(command(data, tmp_path / "run", *options)) == 0
+        assert [line[:26] for line in warnings_of(tmp_path / "run") if "empty" in line] == ["class 3 is empty after ite"]
+        assert read_stack(tmp_path / "run" / "run_it002_classes.mrcs")[2].abs().max() == 0
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (("--classes", COUNT + 1), f"{COUNT} usable particles of {COUNT} for --classes {COUNT + 1}"),
+            (("--classes", 0), "--classes: should be greater than or equal to 1"),
+            (("--skip-align",), "has no orientations"),
+            (("--method", "sgd"), "--method"),
+            (("--psi-step", 0), "--psi-step"),
+            (("--diameter", 0), "--diameter: should be above 0"),
+            (("--iterations", -1), "--iterations"),
+            (("--mask", "gone.mrc"), "gone.mrc: no such file (--mask)"),
+            (("--inactivity-threshold", 1), "--inactivity-threshold"),
+        ],
+    )
+    def test_options(self, data, tmp_path, capsys, options, words):
+        assert words in refused(capsys, command(data, tmp_path / "run", *options))
+
+    @pytest.mark.filterwarnings("ignore:Data array contains NaN")
+    def test_references_and_masks_that_do_not_fit(self, data, tmp_path, capsys):
+        write_mrc(tmp_path / "small.mrcs", torch.randn(3, 24, 24), PIXEL, stack=True)
+        write_mrc(tmp_path / "coarse.mrcs", torch.randn(3, BOX, BOX), 2 * PIXEL, stack=True)
+        write_mrc(tmp_path / "high.mrc", torch.full((BOX, BOX), 3.0), PIXEL)
+        write_mrc(tmp_path / "cube.mrc", torch.ones(BOX, BOX, BOX), PIXEL)
+        write_mrc(tmp_path / "nan.mrcs", torch.full((3, BOX, BOX), torch.nan), PIXEL, stack=True)
+        for option, file, words in (
+            ("--reference", tmp_path / "small.mrcs", "images of 24 x 24 px, but the particles' box is 32 px"),
+            ("--reference", tmp_path / "coarse.mrcs", "pixel size 8 Å, but the particles' is 4 Å"),
+            ("--reference", data / "truth.mrcs", "holds 2 averages, --classes is 3"),
+            ("--reference", tmp_path / "nan.mrcs", "NaN or infinite"),
+            ("--mask", tmp_path / "high.mrc", "values run from 3 to 3"),
+            ("--mask", tmp_path / "cube.mrc", "is 32 x 32 x 32 px; a mask for the averages is one image"),
+        ):
+            assert words in refused(capsys, command(data, tmp_path / "run", option, file))
+
+    def test_what_is_missing(self, tmp_path, capsys):
+        assert "PARTICLES is missing" in refused(capsys, ["class2d", "--output", str(tmp_path / "run"), "--quiet"])
