@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 JOBS = {
+    "import": "register movies, micrographs, particles, maps or coordinates with their optics",
     "motion": "correct the motion of movies: dose-weighted micrographs",
     "class2d": "sort particle images into class averages, without a reference",
     "class3d": "sort particles into several maps",

@@ -1,0 +1,389 @@
+"""Motion of a movie from all its patches and frames at once: a likelihood, its gradient, its information, smooth tracks.
+
+With A_pf the whitened transform of patch p in frame f after shifts s_pf, h_f(k) the damage, s(k) the signal-to-noise power of a frame,
+
+    R_p = Σ_f h_f A_pf,    n = Σ_f h_f²,    log p(A | s) = Σ_p Σ_k  s |R_p|² / (1 + s n)  + const
+
+(the unknown image, Gaussian with power s, integrated out). s(k) comes from the movie: Re ⟨h_f A_f* (R − h_f A_f)⟩ = s h_f² (n − h_f²),
+which
+noise does not bias. The shifts are s_pf = g_f + B_pf c: a free track g with a Gaussian prior on its second differences and local motion on
+smooth terms B with a ridge. Newton steps use the expected information; the two prior widths maximise the evidence in its quadratic form.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from frazil.maths.motion import SPACE_TERMS, polynomial_basis, second_differences
+
+TAPER = 0.125  # of a patch's side, at each end, over which it fades
+ROUNDS = 10
+SMALL_STEP = 0.01  # px: converged
+LONGEST_STEP = 3.0  # px a round
+ACCELERATIONS = (0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.7, 1.5, 4.0)  # px, candidates for the sd of second differences of the track
+LOCAL_SIZES = (1e-4, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # px rms of a term of local motion; the first means none
+EARLY = (1.0, 5.0)  # how much livelier the first frames may be
+INFORMATION_KEPT = 0.995  # frequencies beyond which less than the rest of the information lies are left out of later rounds
+
+
+def reduced_transform(frame: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(h, w//2+1) complex64: the low frequencies of the transform of a (H, W) frame, as of an image of (h, w) px; Nyquist is zero."""
+    h, w = shape
+    ft = torch.fft.fft(torch.fft.rfft(frame)[:, : w // 2 + 1], dim=0)
+    out = ft.new_empty(h, w // 2 + 1)
+    out[: h // 2] = ft[: h // 2]
+    out[h // 2 :] = ft[len(frame) - h // 2 :]
+    out[h // 2] = 0
+    out[:, -1] = 0
+    out[0, 0] = 0
+    return out
+
+
+def shift_phases(shape: tuple[int, int], size: tuple[int, int], shift: Tensor) -> tuple[Tensor, Tensor]:
+    """((…, h, 1), (…, 1, w//2+1)) factors that move the reduced transform of a (H, W) frame by `shift` (…, 2) xy px of the frame."""
+    h, w = shape
+    ky = torch.fft.fftfreq(h, 1 / h, device=shift.device, dtype=torch.float64) / size[0]
+    kx = torch.arange(w // 2 + 1, device=shift.device, dtype=torch.float64) / size[1]
+    phase_y, phase_x = -2 * math.pi * shift[..., 1, None].double() * ky, -2 * math.pi * shift[..., 0, None].double() * kx
+    y, x = (torch.polar(torch.ones_like(p), p).to(torch.complex64) for p in (phase_y, phase_x))
+    return y[..., :, None], x[..., None, :]
+
+
+def crop_reduced(ft: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(…, h, w//2+1) lower frequencies of reduced transforms; Nyquist is zero."""
+    h, w = shape
+    if h >= ft.shape[-2]:
+        return ft
+    out = torch.cat([ft[..., : h // 2, : w // 2 + 1], ft[..., ft.shape[-2] - h // 2 :, : w // 2 + 1]], -2)
+    out[..., h // 2, :] = 0
+    out[..., -1] = 0
+    return out
+
+
+def correlate_track(ft: Tensor, size: tuple[int, int], b_factor: float = 150.0, search: float = 50.0, rounds: int = 5) -> Tensor:
+    """(f, 2) float64 xy px: whole-frame shifts by correlation with the sum of the other frames, first frame 0.
+
+    ft: reduced transforms (f, h, w//2+1) of frames of `size` (H, W). Each correlation is weighted by exp(−2B|s|²) (s in cycles/px of the
+    frame), its highest point within ±search px taken, between grid points by a parabola. Ends when the steps are below 0.5 px rms.
+    """
+    shape = (ft.shape[1], 2 * (ft.shape[2] - 1))
+    ky = torch.fft.fftfreq(shape[0], 1 / shape[0], device=ft.device) / size[0]
+    kx = torch.arange(ft.shape[2], device=ft.device) / size[1]
+    weight = torch.exp(-2 * b_factor * (ky[:, None].square() + kx.square()))
+    weight[:, 0] = 0
+    weight[0] = 0
+    step = torch.tensor([size[1] / shape[1], size[0] / shape[0]], dtype=torch.float64, device=ft.device)  # px of the frame a grid point
+    reach = [max(1, min(n // 2 - 1, int(search / float(p)))) for n, p in zip((shape[1], shape[0]), step, strict=True)]
+    track = torch.zeros(len(ft), 2, dtype=torch.float64, device=ft.device)
+    for _ in range(rounds):
+        moved = torch.empty_like(ft)
+        for f, one in enumerate(ft):
+            y, x = shift_phases(shape, size, track[f])
+            moved[f] = one * y * x
+        total = moved.sum(0)
+        found = torch.empty_like(track)
+        for f, one in enumerate(moved):
+            found[f] = _highest(torch.fft.irfft2((total - one) * one.conj() * weight, s=shape), reach).to(found) * step
+        found -= found[0].clone()
+        track += found
+        if float(found.square().sum(-1).mean().sqrt()) < 0.5:
+            break
+    return track
+
+
+def _highest(surface: Tensor, reach: list[int]) -> Tensor:
+    """(2,) xy grid points of the highest value of a correlation in FFT order, within ±reach, with a parabola along each axis."""
+    rx, ry = reach
+    part = torch.roll(surface, (ry + 1, rx + 1), (0, 1))[: 2 * ry + 3, : 2 * rx + 3]
+    index = int(part[1:-1, 1:-1].argmax())
+    y, x = index // (2 * rx + 1) + 1, index % (2 * rx + 1) + 1
+    around = part[y - 1 : y + 2, x - 1 : x + 2].double().cpu()
+
+    def vertex(a: Tensor) -> float:
+        bend = float(a[0] + a[2] - 2 * a[1])
+        return min(0.5, max(-0.5, -0.5 * float(a[2] - a[0]) / bend)) if bend < 0 else 0.0
+
+    return torch.tensor([x - 1 - rx + vertex(around[1]), y - 1 - ry + vertex(around[:, 1])], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Transforms of patches of every frame at the frequencies that matter, moved by a first track, noise of variance 1."""
+
+    values: Tensor  # (p, f, k) complex64
+    k: Tensor  # (k, 2) float32 cycles/px of the frame, half plane without its axes
+    bins: Tensor  # (k,) int64 radial bin
+    radius: Tensor  # (bins,) mean |k| of each bin, cycles/px
+    place: Tensor  # (p, 2) float64 centres as fractions of the field
+    independence: float  # share of the values that is independent, because patches fade at their edges
+
+    def below(self, bins: int) -> Patches:
+        """Only the first so many bins."""
+        keep = self.bins < bins
+        return replace(self, values=self.values[..., keep].contiguous(), k=self.k[keep], bins=self.bins[keep], radius=self.radius[:bins])
+
+
+def make_patches(ft: Tensor, size: tuple[int, int], track: Tensor, grid: tuple[int, int], finest: float) -> Patches:
+    """Cut frames, given as reduced transforms (f, h, w//2+1) and moved by `track` (f, 2), into grid = (columns, rows) patches.
+
+    Frequencies up to `finest` cycles/px of the frame are kept. Patches do not overlap; they fade over an eighth of their side.
+    """
+    shape = (ft.shape[1], 2 * (ft.shape[2] - 1))
+    columns, rows = grid
+    high, wide = shape[0] // rows // 2 * 2, shape[1] // columns // 2 * 2
+    window = _fade(high, ft.device)[:, None] * _fade(wide, ft.device)
+    ky = torch.fft.fftfreq(high, 1 / high, device=ft.device) * shape[0] / (size[0] * high)
+    kx = torch.arange(wide // 2 + 1, device=ft.device) * shape[1] / (size[1] * wide)
+    radius = (ky[:, None].square() + kx.square()).sqrt()
+    keep = (radius <= finest) & (kx > 0) & (ky[:, None] != 0)
+    keep[high // 2] = False
+    keep[:, -1] = False
+    width = 2 * float(kx[1]) if wide > 2 else 1.0
+    index = torch.nonzero(keep.reshape(-1))[:, 0]
+    k = torch.stack(torch.broadcast_tensors(kx, ky[:, None]), -1)[keep].float()
+    values = torch.empty(rows * columns, len(ft), len(index), dtype=torch.complex64, device=ft.device)
+    for f, one in enumerate(ft):
+        y, x = shift_phases(shape, size, track[f])
+        image = torch.fft.irfft2(one * y * x, s=shape)[: rows * high, : columns * wide]
+        cut = image.reshape(rows, high, columns, wide).transpose(1, 2).reshape(rows * columns, high, wide)
+        cut = (cut - cut.mean((1, 2), keepdim=True)) * window
+        values[:, f] = torch.fft.rfft2(cut).reshape(rows * columns, -1)[:, index]
+    bins = (radius[keep] / width).long()
+    bins = bins - bins.min()
+    counts = torch.bincount(bins).clamp(min=1)
+    mean = torch.bincount(bins, radius[keep].double()) / counts
+    noise = torch.bincount(bins, (values.real.square() + values.imag.square()).mean((0, 1)).double()) / counts
+    values /= noise.clamp(min=1e-30).sqrt()[bins].float()
+    x = ((torch.arange(columns, dtype=torch.float64) + 0.5) * wide / shape[1]).repeat(rows)
+    y = ((torch.arange(rows, dtype=torch.float64) + 0.5) * high / shape[0]).repeat_interleave(columns)
+    share = float(window.square().sum() ** 2 / (window.numel() * (window**4).sum()))
+    return Patches(values, k, bins, mean.float(), torch.stack([x, y], -1), share)
+
+
+def _fade(n: int, device: torch.device) -> Tensor:
+    """(n,) raised-cosine window, flat but for TAPER at each end."""
+    edge = max(1, round(TAPER * n))
+    t = (torch.arange(n, device=device) + 0.5).clamp(max=edge)
+    up = 0.5 - 0.5 * torch.cos(math.pi * t / edge)
+    return up * up.flip(0)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Motion found from patches: all of it, the track that the patches were moved by included; frame 0 is 0."""
+
+    track: Tensor  # (f, 2) float64 px
+    local: Tensor  # (f, p, 2) float64 px, local motion at the patches
+    patch_tracks: Tensor  # (f, p, 2) float64 px: local motion of each patch by itself, smoothed in time only
+    ssnr: Tensor  # (bins,) signal-to-noise power of one undamaged frame
+    error: float  # px, expected rms error of the track
+    error_local: float  # px, of local motion
+    acceleration: float  # px, sd of the second differences of the track
+    local_size: float  # px rms of a term of local motion; that of LOCAL_SIZES[0] means none was found
+    gain: float  # log evidence of local motion against none
+    rounds: int
+
+
+def fit_motion(patches: Patches, left: Tensor, start: Tensor, local: bool, smooth: bool = True) -> Fit:
+    """The shifts that maximise the likelihood of the module docstring times its priors.
+
+    start: (f, 2) track the patches were moved by; left: (f, bins) amplitude left of each frame by damage, at patches.radius; local: fit
+    local motion too; smooth: let the evidence
+    choose how smooth the track is (otherwise every frame is free).
+    """
+    count, frames, _ = patches.values.shape
+    basis = local_basis(frames, patches.place) if local else torch.zeros(frames, count, 0, dtype=torch.float64)
+    start = start.double().cpu() - start[0].double().cpu()
+    theta = torch.cat([start, torch.zeros(basis.shape[-1], 2, dtype=torch.float64)])
+    trust = torch.ones(count, dtype=torch.float64)
+    prior = _Prior.weakest(frames, basis.shape[-1], count)
+    state = None
+    rounds = 0
+    while rounds < ROUNDS:
+        rounds += 1
+        shifts = (theta[:frames] - start)[:, None] + basis @ theta[frames:]
+        state = _evaluate(patches, left, shifts)
+        normal, slope = _normal(state, basis, trust)
+        prior = _choose_prior(prior, normal, slope + normal @ theta, smooth)
+        step = torch.linalg.solve(normal + prior.matrix, slope - prior.matrix @ theta)
+        step[:frames] -= step[0].clone()
+        moved = (step[:frames, None] + basis @ step[frames:]).norm(dim=-1)
+        step *= min(1.0, LONGEST_STEP / max(float(moved.max()), 1e-9))
+        theta = theta + step
+        if float(moved.square().mean().sqrt()) < SMALL_STEP and rounds > 2:
+            break
+        if rounds > 2:
+            trust = _trust(state, trust)
+            needed = _bins_needed(state, patches)
+            if needed < 0.9 * len(patches.radius):
+                patches, left = patches.below(needed), left[:, :needed]
+    assert state is not None
+    return _finish(state, basis, theta, prior, rounds)
+
+
+def local_basis(frames: int, place: Tensor) -> Tensor:
+    """(f, p, m) float64 combinations of RELION's terms that vary over the field (those constant in space belong to the track).
+
+    Orthogonal over patches and frames, simple terms first; the squared sizes of a term say how much of it is expected: motion is mostly
+    linear in time and space.
+    """
+    z = torch.arange(frames, dtype=torch.float64) / max(frames - 1, 1)
+    terms = polynomial_basis(z, place).reshape(frames, len(place), SPACE_TERMS, 3)[:, :, 1:].reshape(frames * len(place), -1)
+    in_space, in_time = (torch.tensor(sizes, dtype=torch.float64) for sizes in ([1.0, 0.6, 1.0, 0.6, 0.6], [1.0, 0.5, 0.25]))
+    expected = (in_space[:, None] * in_time).reshape(-1)
+    order = torch.argsort(expected, descending=True, stable=True)
+    q, r = torch.linalg.qr(terms[:, order])
+    diagonal = r.diagonal().abs()
+    q = q * expected[order]
+    return q[:, diagonal > 1e-9 * diagonal.max()].reshape(frames, len(place), -1)
+
+
+@dataclass(frozen=True)
+class _State:
+    slope: Tensor  # (p, f, 2) gradient of the log-likelihood
+    laplacian: Tensor  # (f, f) information of a patch about its frames' shifts along an axis
+    ssnr: Tensor  # (bins,)
+    information: Tensor  # (bins,) share of it by bin
+
+
+def _evaluate(patches: Patches, left: Tensor, shifts: Tensor) -> _State:
+    """Signal spectrum, gradient and expected information at shifts (f, p, 2)."""
+    bins, k = patches.bins, patches.k
+    n_bins = len(patches.radius)
+    h = left.to(k)[:, bins]  # (f, k)
+    n1 = left.square().sum(0).double()  # (bins,)
+    real = torch.zeros(n_bins, dtype=torch.float64, device=k.device)
+    cross = torch.empty(patches.values.shape[:2] + (len(k),), dtype=torch.float32, device=k.device)
+    for p, patch in enumerate(patches.values):
+        phase = (-2 * math.pi * shifts[:, p]).to(k) @ k.T
+        moved = patch * torch.polar(h, phase)
+        total = moved.sum(0)
+        # conj(A)(R − A): its real part adds up to |R|² − Σ|A|², its imaginary part is that of conj(A) R.
+        own = (moved.real.square() + moved.imag.square()).sum(0)
+        real += torch.bincount(bins, (total.real.square() + total.imag.square() - own).double(), minlength=n_bins)
+        cross[p] = moved.real * total.imag - moved.imag * total.real
+    pairs = n1.square() - left.double().pow(4).sum(0)
+    counts = torch.bincount(bins, minlength=n_bins).double() * len(patches.values)
+    ssnr = _smooth_positive(real / (counts * pairs.clamp(min=1e-12)), counts)
+    weight = ssnr / (1 + ssnr * n1)
+    slope = -4 * math.pi * patches.independence * (cross @ (k * weight.to(k)[bins][:, None])).double().cpu()
+    k2 = torch.bincount(bins, k.double().square().sum(-1), minlength=n_bins) / 2
+    share = 2 * patches.independence * (2 * math.pi) ** 2 * k2 * weight * ssnr
+    squares = left.double().square()
+    coupling = ((squares * share) @ squares.T).cpu()
+    laplacian = torch.diag(coupling.sum(1)) - coupling
+    return _State(slope, laplacian, ssnr, share * n1.square())
+
+
+def _smooth_positive(value: Tensor, counts: Tensor) -> Tensor:
+    """Running mean of three bins weighted by their counts, not below zero."""
+    pad = torch.nn.functional.pad
+    weight = pad(counts, (1, 1))[None, None].unfold(-1, 3, 1).sum(-1)[0, 0]
+    total = pad(counts * value, (1, 1))[None, None].unfold(-1, 3, 1).sum(-1)[0, 0]
+    return (total / weight.clamp(min=1)).clamp(min=0)
+
+
+def _normal(state: _State, basis: Tensor, trust: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, m) information and (m, 2) gradient of track and local terms, patches weighted by `trust`."""
+    frames, count, terms = basis.shape
+    joint = torch.cat([torch.eye(frames, dtype=torch.float64)[:, None].expand(frames, count, frames), basis], -1)
+    normal = torch.einsum("fpa,fg,gpb,p->ab", joint, state.laplacian, joint, trust)
+    slope = torch.einsum("fpa,pfx,p->ax", joint, state.slope, trust)
+    ridge = 1e-6 * float(state.laplacian.diagonal().mean() * count) + 1e-9
+    normal[:frames, :frames] += ridge * torch.ones(frames, frames, dtype=torch.float64) / frames
+    return normal, slope
+
+
+@dataclass(frozen=True)
+class _Prior:
+    matrix: Tensor  # (m, m) precision
+    acceleration: float
+    local_size: float
+    early: float
+    frames: int
+    patches: int
+    gain: float = 0.0
+
+    @staticmethod
+    def weakest(frames: int, terms: int, patches: int) -> _Prior:
+        """Nearly free."""
+        return _Prior.make(frames, terms, patches, ACCELERATIONS[-1], LOCAL_SIZES[-1], 1.0)
+
+    @staticmethod
+    def make(frames: int, terms: int, patches: int, acceleration: float, local_size: float, early: float) -> _Prior:
+        """Prior of these widths (px)."""
+        matrix = torch.zeros(frames + terms, frames + terms, dtype=torch.float64)
+        d = second_differences(frames) / _liveliness(frames, early)[:, None]
+        matrix[:frames, :frames] = d.T @ d / acceleration**2
+        matrix[frames:, frames:] = torch.eye(terms, dtype=torch.float64) / (local_size**2 * frames * patches)
+        return _Prior(matrix, acceleration, local_size, early, frames, patches)
+
+    def log_determinant(self) -> float:
+        """Of the part that is not zero."""
+        terms = len(self.matrix) - self.frames
+        live = _liveliness(self.frames, self.early)
+        return float(-2 * (live * self.acceleration).log().sum() - terms * math.log(self.local_size**2 * self.frames * self.patches))
+
+
+def _liveliness(frames: int, early: float) -> Tensor:
+    """(f − 2,) factor of the second differences' sd: `early` at the start, 1 later on."""
+    t = torch.arange(max(frames - 2, 0), dtype=torch.float64)
+    return 1 + (early - 1) * torch.exp(-t / max(1.0, 0.08 * frames))
+
+
+def _choose_prior(old: _Prior, normal: Tensor, target: Tensor, smooth: bool) -> _Prior:
+    """The widths with the highest evidence, given information and normal · (best unrestrained parameters)."""
+    frames, terms = old.frames, len(normal) - old.frames
+    if frames < 4 and not terms:
+        return old
+    accelerations = ACCELERATIONS if smooth and frames >= 4 else ACCELERATIONS[-1:]
+    best, values = old, {}
+    for size in LOCAL_SIZES if terms else LOCAL_SIZES[:1]:
+        for acceleration in accelerations:
+            for early in EARLY if smooth else EARLY[:1]:
+                prior = _Prior.make(frames, terms, old.patches, acceleration, size, early)
+                factor = torch.linalg.cholesky(normal + prior.matrix)
+                fitted = torch.linalg.solve_triangular(factor, target, upper=False).square().sum()
+                # Two axes share the widths: their determinants count twice.
+                value = prior.log_determinant() - 2 * float(factor.diagonal().log().sum()) + 0.5 * float(fitted)
+                if not values or value > max(values.values()):
+                    best = prior
+                values[size, acceleration, early] = value
+    none = max((v for key, v in values.items() if key[0] == LOCAL_SIZES[0]), default=0.0)
+    return replace(best, gain=max(values.values()) - none)
+
+
+def _trust(state: _State, old: Tensor) -> Tensor:
+    """(p,) Huber weights of patches whose gradient is far larger than their information allows: carbon, edges, broken ice."""
+    strength = state.slope.square().sum(-1) / state.laplacian.diagonal().clamp(min=1e-12)
+    r = strength.mean(-1).sqrt()
+    bound = 2 * float(r.median())
+    return (bound / r.clamp(min=1e-12)).clamp(max=1) if bound > 0 else old
+
+
+def _bins_needed(state: _State, patches: Patches) -> int:
+    """How many bins hold nearly all of the information."""
+    total = state.information.cumsum(0)
+    return int((total < INFORMATION_KEPT * total[-1]).sum()) + 2 if float(total[-1]) > 0 else len(patches.radius)
+
+
+def _finish(state: _State, basis: Tensor, theta: Tensor, prior: _Prior, rounds: int) -> Fit:
+    """Tracks of single patches and expected errors at the end."""
+    frames, count, terms = basis.shape
+    normal, _ = _normal(state, basis, torch.ones(count, dtype=torch.float64))
+    covariance = torch.linalg.inv(normal + prior.matrix)
+    centred = torch.eye(frames, dtype=torch.float64) - 1 / frames
+    error = float((centred @ covariance[:frames, :frames] @ centred).diagonal().mean().clamp(min=0).sqrt())
+    spread = torch.einsum("fpa,ab,fpb->fp", basis, covariance[frames:, frames:], basis) if terms else torch.zeros(1)
+    local = basis @ theta[frames:]
+    d = second_differences(frames)
+    smooth = state.laplacian + d.T @ d / (2 * prior.acceleration) ** 2 + 1e-9 + 1e-6 * torch.diag(state.laplacian.diagonal())
+    smooth = smooth + torch.eye(frames, dtype=torch.float64) * max(1e-9, 1e-3 * float(state.laplacian.diagonal().mean()))
+    alone = local + torch.linalg.solve(smooth, state.slope.transpose(0, 1).reshape(frames, -1)).reshape(frames, count, 2)
+    return Fit(
+        theta[:frames] - theta[0], local, alone - alone[:1], state.ssnr, error, float(spread.mean().clamp(min=0).sqrt()),
+        prior.acceleration, prior.local_size, prior.gain, rounds,
+    )  # fmt: skip
