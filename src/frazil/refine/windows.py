@@ -11,7 +11,9 @@ from torch import Tensor
 from frazil.data import Images, Optics, Particles
 from frazil.maths.ctf import ctf, odd_phase
 from frazil.maths.fourier import PixelList, full_half_plane, image_from_ft, image_ft, pixel_list, shell_round
-from frazil.maths.masks import mask_images
+from frazil.maths.masks import mask_images, soft_circle
+from frazil.ops.prepare import prepare
+from frazil.ops.prepare.reference import move
 from frazil.ops.shells import shell_power
 from frazil.refine.model import Model
 
@@ -123,13 +125,7 @@ class Windows:
 
 def pre_shift_images(images: Tensor, shift_px: Tensor) -> Tensor:
     """(b, N, N) images moved by whole pixels (b, 2) xy, zeros where nothing comes in (spec 1.4)."""
-    n = images.shape[-1]
-    shift_px = shift_px.to(images.device)
-    line = torch.arange(n, device=images.device)
-    x, y = (line - shift_px[:, i, None].long() for i in (0, 1))
-    ok = ((y >= 0) & (y < n))[:, :, None] & ((x >= 0) & (x < n))[:, None, :]
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    return torch.where(ok, images[batch, y.clamp(0, n - 1)[:, :, None], x.clamp(0, n - 1)[:, None, :]], 0)
+    return move(images, shift_px.to(images.device).long())
 
 
 def mask_radius(optics: Optics, engine: Engine) -> float:
@@ -160,22 +156,29 @@ def prepare_images(images: Tensor, particles: Particles, index: Tensor, optics: 
     shift = shell_round(particles.shift[index] / optics.pixel_size)
     odd = optics.beam_tilt != (0.0, 0.0) or bool(optics.odd_zernike)
     factor = model.norm_average / particles.norm[index] if engine.correct_norm else torch.ones(len(index), dtype=torch.float64)
-    factor = factor.to(engine.device, engine.dtype)[:, None, None]
-    x = images.to(engine.device)
-    x = x if x.dtype == torch.float16 else x.to(engine.dtype)  # float16 times the factors is of their type: one pass less
-    x = x * factor if odd else pre_shift_images(x, shift) * factor
+    factor = factor.to(engine.device, engine.dtype)
+    x, radius = images.to(engine.device), mask_radius(optics, engine)
+    if engine.zero_mask and not odd:
+        circle = soft_circle(optics.box, radius, engine.mask_edge, engine.device, engine.dtype)
+        return *prepare(x, shift.to(engine.device).long(), factor, circle, implementation=engine.implementation), shift
+    x = x.to(engine.dtype) * factor[:, None, None]
     if odd:
-        n = optics.box
-        ky = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64)
-        kx = torch.arange(n // 2 + 1, dtype=torch.float64)
-        grid = torch.stack(torch.broadcast_tensors(kx[None], ky[:, None]), -1).reshape(-1, 2) / (n * optics.pixel_size)
-        phase = odd_phase(grid, optics).reshape(n, -1)
-        x = image_from_ft(image_ft(x) * torch.polar(torch.ones_like(phase), -phase).to(device=x.device, dtype=engine.complex), n)
-        x = pre_shift_images(x, shift)
+        x = without_odd_phase(x, optics, engine)
+    x = pre_shift_images(x, shift)
     noise = None
     if not engine.zero_mask:
         noise = noise_images(model.sigma2[group], optics.box, [engine.seed + int(i) for i in index], engine.device, engine.dtype)
-    return x, mask_images(x, mask_radius(optics, engine), engine.mask_edge, noise), shift
+    return x, mask_images(x, radius, engine.mask_edge, noise), shift
+
+
+def without_odd_phase(x: Tensor, optics: Optics, engine: Engine) -> Tensor:
+    """(b, N, N) images freed of the phase of the antisymmetric aberration (spec 1.2)."""
+    n = optics.box
+    ky = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64)
+    kx = torch.arange(n // 2 + 1, dtype=torch.float64)
+    grid = torch.stack(torch.broadcast_tensors(kx[None], ky[:, None]), -1).reshape(-1, 2) / (n * optics.pixel_size)
+    phase = odd_phase(grid, optics).reshape(n, -1)
+    return image_from_ft(image_ft(x) * torch.polar(torch.ones_like(phase), -phase).to(device=x.device, dtype=engine.complex), n)
 
 
 def particle_ctf(particles: Particles, index: Tensor, k: Tensor, optics: Optics, engine: Engine) -> Tensor:
