@@ -13,7 +13,7 @@ from frazil.maths.rotation import euler_to_matrix, matrix_to_euler
 from frazil.ops.project import project
 from frazil.refine.model import Model
 from frazil.refine.search import reference_volumes
-from frazil.refine.windows import Engine, make_frame, particle_ctf
+from frazil.refine.windows import Engine, Frame, make_frame, particle_ctf
 
 LIMIT = math.log(100)  # likelihood ratio 0.01
 ANGLES = ((0.05, 0.2), (0.1, 1.0), (0.2, 2.0), (0.5, 5.0), (1.0, 10.0), (2.0, 20.0), (5.0, 30.0))
@@ -42,37 +42,55 @@ def crossing(errors: Tensor, distance: Tensor) -> Tensor:
 def expected_accuracy(
     particles: Particles, model: Model, klass: int, engine: Engine, size: int, generator: torch.Generator
 ) -> tuple[float, float]:
-    """(degrees, Å) expected error of rotation and shift, mean over `particles` at their present poses.
+    """(degrees, Å) expected error of rotation and shift of one class, see `expected_accuracies`."""
+    rotation, shift = expected_accuracies(particles, model, torch.tensor([klass]), engine, size, generator)[0].tolist()
+    return rotation, shift
+
+
+def expected_accuracies(
+    particles: Particles, model: Model, classes: Tensor, engine: Engine, size: int, generator: torch.Generator
+) -> Tensor:
+    """(k, 2) float64 expected error of rotation (degrees) and shift (Å) of classes (k,), mean over `particles` at their present poses.
 
     For each particle one of rot, tilt, psi (2D classes: psi) and one of x, y is drawn; the squared difference of CTF-modulated slices
-    over 2σ² is followed up a ladder of errors to ln 100.
+    over 2σ² is followed up a ladder of errors to ln 100. 2D classes are all compared at once, maps one after another.
     """
-    # Only this class's transform is made.
-    volume, flat = reference_volumes(replace(model, maps=model.maps[klass : klass + 1]), size, engine)[0], model.maps.ndim == 3
-    angles, shifts = ladder(ANGLES), ladder(SHIFTS)
-    rotation_errors, shift_errors = [], []
+    if model.maps.ndim == 4 and len(classes) > 1:
+        each = (expected_accuracies(particles, model, k, engine, size, generator) for k in classes.split(1))
+        return torch.cat(list(each))
+    volumes = reference_volumes(replace(model, maps=model.maps[classes.to(model.maps.device)]), size, engine)
+    errors = []
     for g, optics in enumerate(particles.optics):
         index = torch.nonzero(particles.group == g)[:, 0]
         if len(index) == 0:
             continue
         frame = make_frame(optics, size, model.box, model.pixel_size, engine)
-        inverse = 0.5 / model.sigma2[g].to(engine.device)[frame.pixels.shell[: frame.inside]]
-        inverse[0] = 0
-        bytes_each = len(angles) * frame.inside * (24 if engine.dtype == torch.float32 else 40)
+        bytes_each = len(ladder(ANGLES)) * frame.inside * len(classes) * (24 if engine.dtype == torch.float32 else 40)
         for some in index.split(max(1, engine.budget // 8 // bytes_each)):
-            n = len(some)
-            c = particle_ctf(particles, some, frame.k, optics, engine).double() * frame.amplitude
-            weight = c.square() * (c.square() if optics.ctf_premultiplied else 1) * inverse
-            euler = matrix_to_euler(particles.rotation[some])[:, None].repeat(1, len(angles), 1)
-            turned = torch.randint(3, (n,), generator=generator)
-            euler[torch.arange(n), :, torch.full_like(turned, 2) if flat else turned] += angles
-            rotations = euler_to_matrix(euler.reshape(-1, 3)).to(device=engine.device, dtype=engine.dtype)
-            slices = project(volume, rotations, frame.coords, engine.pad, implementation=engine.implementation).view(n, len(angles), -1)
-            difference = torch.einsum("nep,np->ne", (slices - slices[:, :1]).abs().square(), weight.to(slices.real))
-            rotation_errors.append(crossing(angles, difference.double().cpu()))
-            along = frame.k[:, torch.randint(2, (n,), generator=generator).to(frame.k.device)].T  # (n, p)
-            power = slices[:, 0].abs().square().double() * weight
-            phase = 2 * math.pi * optics.pixel_size * along[:, None] * shifts[:, None].to(along)
-            moved = ((2 - 2 * torch.cos(phase)) * power[:, None]).sum(-1)
-            shift_errors.append(crossing(shifts, moved.cpu()) * optics.pixel_size)
-    return float(torch.cat(rotation_errors).mean()), float(torch.cat(shift_errors).mean())
+            inverse = 0.5 / model.sigma2[g].to(engine.device)[frame.pixels.shell[: frame.inside]]
+            inverse[0] = 0
+            errors.append(_errors(particles, some, volumes, frame, inverse, engine, generator))
+    return torch.cat(errors, 1).mean(1)
+
+
+def _errors(
+    particles: Particles, some: Tensor, volumes: Tensor, frame: Frame, inverse: Tensor, engine: Engine, generator: torch.Generator
+) -> Tensor:
+    """(k, n, 2) float64 errors of rotation and shift of the particles `some` of one optics group against each of `volumes`."""
+    angles, shifts, n, k, optics = ladder(ANGLES), ladder(SHIFTS), len(some), len(volumes), frame.optics
+    c = particle_ctf(particles, some, frame.k, optics, engine).double() * frame.amplitude
+    weight = c.square() * (c.square() if optics.ctf_premultiplied else 1) * inverse
+    euler = matrix_to_euler(particles.rotation[some])[:, None].repeat(1, len(angles), 1)
+    turned = torch.randint(3, (n,), generator=generator)
+    euler[torch.arange(n), :, torch.full_like(turned, 2) if volumes.ndim == 3 else turned] += angles
+    rotations = euler_to_matrix(euler.reshape(-1, 3)).to(device=engine.device, dtype=engine.dtype)
+    which = torch.arange(k, device=engine.device).repeat_interleave(len(rotations))
+    slices = project(
+        volumes, rotations.repeat(k, 1, 1), frame.coords, engine.pad, which=which, implementation=engine.implementation
+    ).view(k, n, len(angles), -1)  # fmt: skip
+    difference = torch.einsum("knep,np->kne", (slices - slices[:, :, :1]).abs().square(), weight.to(slices.real)).double().cpu()
+    along = frame.k[:, torch.randint(2, (n,), generator=generator).to(frame.k.device)].T  # (n, p)
+    phase = 2 * math.pi * optics.pixel_size * along[:, None] * shifts[:, None].to(along)
+    moved = torch.einsum("knp,nep->kne", slices[:, :, 0].abs().square().double() * weight, 2 - 2 * torch.cos(phase)).cpu()
+    pair = (crossing(angles, difference.flatten(0, 1)), crossing(shifts, moved.flatten(0, 1)) * optics.pixel_size)
+    return torch.stack(pair, -1).view(k, n, 2)

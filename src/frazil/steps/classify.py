@@ -18,7 +18,7 @@ from frazil.data import Images, Particles
 from frazil.maths.filters import lowpass_map, lowpass_weights
 from frazil.maths.fourier import resolution_shell
 from frazil.maths.symmetry import operators
-from frazil.refine.accuracy import expected_accuracy
+from frazil.refine.accuracy import expected_accuracies
 from frazil.refine.classes import Reconstruction, class_shells, classes_of, copied, first_data_vs_prior, spread
 from frazil.refine.convergence import (
     Progress,
@@ -230,9 +230,9 @@ def accuracies(job: ClassifyJob, state: ClassifyState, size: int, generator: tor
     some = state.particles[torch.randperm(len(state.particles), generator=generator)[: job.form.accuracy_particles]]
     if job.params.strict_highres:
         size = min(size, strict_size(job.params.strict_highres, state.model))
-    for k in torch.nonzero(state.model.pdf_class >= LEAST_SHARE)[:, 0].tolist():
-        alone = classes_of(state.model, torch.tensor([k]))
-        out[k] = torch.tensor(expected_accuracy(some, alone, 0, job.engine, size, generator))
+    large = torch.nonzero(state.model.pdf_class >= LEAST_SHARE)[:, 0]
+    if len(large):
+        out[large] = expected_accuracies(some, state.model, large, job.engine, size, generator)
     return out
 
 
