@@ -133,7 +133,7 @@ def difference(params: DifferenceParams, run: Run | None) -> None:
     mask = read_mask_for(params.mask, a, params.map) if params.mask else torch.ones(())
     first, second = ((lowpass_map(v.data, a.pixel_size, params.resolution) if params.resolution else v.data) for v in (a, b))
     if params.scale == "shells":
-        second = matched_by_shell(first * mask, second * mask) if params.mask else matched_by_shell(first, second)
+        second = matched_by_shell(first, second, mask if params.mask else None)
     factor = 1.0 if params.scale == "none" else fitted_scale(first, second, mask if params.mask else None)
     left = (first - factor * second) * mask
     share = float(left.norm() / (first * mask).norm().clamp(min=1e-30))

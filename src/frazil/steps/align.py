@@ -174,15 +174,18 @@ class Candidates:
         keep = self.score.argsort(descending=True)[:n]
         return Candidates(self.rotation[keep], self.shift[keep], self.score[keep])
 
-    def distinct(self, degrees: float) -> Candidates:
-        """Sorted by score, without those closer than so many degrees to a better one."""
+    def distinct(self, degrees: float, most: int) -> Candidates:
+        """At most so many, sorted by score, none closer than so many degrees to a better one."""
         order = self.best(len(self.score))
-        trace = torch.einsum("aij,bij->ab", order.rotation, order.rotation)
-        close = (trace - 1) / 2 > math.cos(math.radians(degrees))
+        cosine = math.cos(math.radians(degrees))
+        free = torch.ones(len(order.score), dtype=torch.bool, device=order.score.device)
         keep: list[int] = []
-        for i in range(len(order.score)):
-            if not keep or not bool(close[i, keep].any()):
-                keep.append(i)
+        while len(keep) < most and bool(free.any()):
+            i = int(free.int().argmax())  # the best that is left
+            keep.append(i)
+            trace = (order.rotation * order.rotation[i]).sum((1, 2))
+            free &= (trace - 1) / 2 <= cosine
+            free[i] = False
         return Candidates(order.rotation[keep], order.shift[keep], order.score[keep])
 
 
@@ -268,13 +271,13 @@ def placed(target: Target, table: Lookup, q: Tensor, shift: Tensor) -> Tensor:
 
 def _refined(target: Target, table: Lookup, hand: Tensor, found: Candidates, shells: list[float]) -> Candidates:
     """Candidates through ever more shells, thinned out on the way."""
-    found = found.distinct(8.0)
+    found = found.distinct(8.0, KEPT[0])
     for n, shell in zip(KEPT, shells, strict=True):
         part = target.up_to(shell).some(SAMPLES[0])
         found = found.best(n)
         for _ in range(3):
             found = gauss_newton(part, table, found, hand)
-        found = replace(found, score=gauss_newton(part, table, found, hand).score).distinct(2.0)
+        found = replace(found, score=gauss_newton(part, table, found, hand).score).distinct(2.0, n)
     return found.best(1)
 
 

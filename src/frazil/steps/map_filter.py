@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from frazil.maths.filters import apply_spectrum, apply_to_ft, lowpass_weights, power_spectrum
+from frazil.maths.filters import apply_to_ft, lowpass_weights, power_spectrum
+from frazil.maths.fourier import shell_round
 
 
 def highpass_map(data: Tensor, pixel_size: float, resolution: float, edge: float = 2.0) -> Tensor:
@@ -39,7 +40,8 @@ def fitted_scale(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
     return float((weight * a * b).double().sum() / below) if below > 0 else 0.0
 
 
-def matched_by_shell(a: Tensor, b: Tensor) -> Tensor:
-    """Map b (N, N, N) with the power of a in every shell; where b has none it stays 0."""
-    wanted, own = power_spectrum(a), power_spectrum(b)
-    return apply_spectrum(b, torch.where(own > 0, (wanted / own.clamp(min=1e-300)).sqrt(), torch.zeros_like(own)))
+def matched_by_shell(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Map b (N, N, N) scaled in every shell to the power of a, inside a mask where one is given; corners as the last shell."""
+    wanted, own = (power_spectrum(v if mask is None else v * mask) for v in (a, b))
+    ratio = torch.where(own > 0, (wanted / own.clamp(min=1e-300)).sqrt(), torch.zeros_like(own))
+    return apply_to_ft(b, lambda r: ratio[shell_round(r).long().clamp(max=len(ratio) - 1)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from frazil.maths.filters import power_spectrum
 from frazil.maths.fsc import NO_RESOLUTION, fsc
 from frazil.maths.masks import soft_edge
-from frazil.steps.map_filter import b_factor_map, fitted_scale
+from frazil.steps.map_filter import b_factor_map
 
 SETTLED = 20.0  # Å: coarser shells, where the solvent around the model counts, may lie below the threshold
 
@@ -64,6 +64,7 @@ def relative_b_factor(data: Tensor, model: Tensor, curve: Tensor, pixel_size: fl
     box = data.shape[-1]
     k2 = (torch.arange(box // 2 + 1, dtype=torch.float64) / (box * pixel_size)).square()
     use = (curve.cpu() > 0.5) & (k2 > 0.01)
+    use[-1] = False  # half of the last shell lies beyond Nyquist
     if int(use.sum()) < 4:
         return math.nan
     # The signal's share of the map's power is FSC² of map and model, or the noise would look like sharpness.
@@ -78,9 +79,10 @@ def fit_to_model(data: Tensor, model: Tensor, mask: Tensor, pixel_size: float) -
     masked = fsc(data * mask, model * mask)
     cross, last = crossing(masked, 0.5, box, pixel_size)
     b = relative_b_factor(data * mask, model * mask, masked, pixel_size)
-    like = model if math.isnan(b) else b_factor_map(model, pixel_size, b)
+    like = b_factor_map(model, pixel_size, 0.0 if math.isnan(b) else b)
+    same = b_factor_map(data, pixel_size, 0.0)  # without the corners beyond Nyquist, as the other
     inside = mask > 0.5
-    u, v = data[inside].double(), (fitted_scale(data, like, mask) * like)[inside].double()
+    u, v = same[inside].double(), like[inside].double()
     u, v = u - u.mean(), v - v.mean()
     correlation = float((u @ v) / (u.norm() * v.norm()).clamp(min=1e-30))
     return ModelFit(fsc(data, model), masked, cross, last, b, correlation)
