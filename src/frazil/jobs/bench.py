@@ -66,7 +66,8 @@ class Measured:
     windows_gbs: float  # bytes of the images and transforms, read and written once each way, over the time of the windows
     copy_gbs: float  # bytes a second of a plain copy
     peak_gb: float
-    correct: float  # share of particles in the class most of their true class went to
+    correct: float  # share of particles in the right class, under the best one-to-one naming
+    occupancy_error: float  # largest difference of a class's share from the true one, under that naming
     state: ClassifyState
 
 
@@ -111,11 +112,12 @@ def measure(params: Class3dBench, device: str, world: World) -> Measured:
     last = iterate(replace(job, engine=replace(job.engine, timed=True)), state)
     phases = {name: sum(last.seconds.get(part, 0.0) for part in parts) for name, parts in PHASES.items()}
     flop, ceiling = coarse_work(job, last, on_gpu)
+    correct, off = agreement(made.particles.klass - 1, state.poses.klass, state.model.pdf_class)
     pixels = params.particles / world.size * params.box**2
     return Measured(
         seconds=mean, phases=phases, busy=busy_share(job, last) if on_gpu else float("nan"), coarse_tflops=flop / phases["coarse"] / 1e12,
         coarse_ceiling=ceiling, windows_gbs=34 * pixels / phases["windows"] / 1e9, copy_gbs=copy_rate(device), peak_gb=peak,
-        correct=agreement(made.particles.klass - 1, state.poses.klass, params.classes), state=state,
+        correct=correct, occupancy_error=off, state=state,
     )  # fmt: skip
 
 
@@ -223,13 +225,15 @@ def busy_share(job: ClassifyJob, state: ClassifyState) -> float:
     return sum(event.self_device_time_total for event in seen.key_averages()) / 1e6 / wall
 
 
-def agreement(true: torch.Tensor, found: torch.Tensor, classes: int) -> float:
-    """Share of particles in the right class under the best one-to-one naming of the classes."""
+def agreement(true: torch.Tensor, found: torch.Tensor, shares: torch.Tensor) -> tuple[float, float]:
+    """(share of particles in the right class, largest error of a class's share) under the best one-to-one naming of the classes."""
     from scipy.optimize import linear_sum_assignment
 
+    classes = len(shares)
     table = torch.bincount(true * classes + found, minlength=classes**2).reshape(classes, classes)
     rows, columns = linear_sum_assignment(-table.numpy())
-    return float(table[rows, columns].sum() / len(true))
+    truth = torch.bincount(true, minlength=classes)[rows] / len(true)
+    return float(table[rows, columns].sum() / len(true)), float((shares[columns] - truth).abs().max())
 
 
 def phase_table(params: Class3dBench, found: Measured, processes: int) -> Table:
@@ -246,6 +250,7 @@ def phase_table(params: Class3dBench, found: Measured, processes: int) -> Table:
         made.add_row(name, f"{value:.4f}", *rate.get(name, ("", "")))
     made.add_row("sum of phases, each waited for", f"{sum(found.phases.values()):.4f}")
     busy = f"GPU busy {100 * found.busy:.0f} %"
+    made.add_row("right class after the last", f"{100 * found.correct:.1f} %", f"shares within {100 * found.occupancy_error:.1f} %")
     made.add_row("[b]iteration, not interrupted", f"[b]{found.seconds:.4f}", busy, f"peak {found.peak_gb:.1f} GB")
     return made
 
