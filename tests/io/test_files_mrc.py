@@ -188,3 +188,24 @@ def test_real_maps_and_stacks(shared_data):
     movie = read_mrc(shared_data / "apoferritin_10146" / "May08_03.05.02.mrc")
     assert movie.data.shape == (1, 1200, 1240) and movie.pixel_size == pytest.approx(1.5)
     assert float(movie.data.min()) >= 0  # uint16
+
+
+@pytest.mark.parametrize("mode, number", [("int8", 0), ("int16", 1), ("uint16", 6)])
+def test_integer_modes_round_and_refuse_what_does_not_fit(tmp_path, mode, number):
+    write_mrc(tmp_path / "m.mrc", np.array([[[0.4, 1.6], [99.5, 100.4]]] * 2, np.float32), 1.0, mode)
+    assert read_map(tmp_path / "m.mrc").data[0].flatten().tolist() == [0, 2, 100, 100]
+    with mrcfile.open(tmp_path / "m.mrc") as file:
+        assert file.header.mode == number
+    with pytest.raises(BadInput, match=f"values from -1e.06 to -?0 do not fit {mode}"):
+        write_mrc(tmp_path / "m.mrc", np.full((2, 2, 2), -1e6, np.float32) * np.arange(2), 1.0, mode)
+
+
+def test_unequal_pixels_are_read_on_request_and_oblique_cells_never(tmp_path):
+    with mrcfile.new(tmp_path / "flat.mrc") as file:
+        file.set_data(noise(4, 4, 4))
+        file.voxel_size = (1.0, 1.0, 2.0)
+    assert read_map(tmp_path / "flat.mrc", anisotropic=True).data.shape == (4, 4, 4)
+    with mrcfile.open(tmp_path / "flat.mrc", "r+") as file:
+        file.header.cellb.beta = 104.0
+    with pytest.raises(BadInput, match="cell angles are 90, 104, 90 degrees"):
+        read_map(tmp_path / "flat.mrc", anisotropic=True)

@@ -6,11 +6,12 @@ import gzip
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from frazil.data import BadInput
-from frazil.io.models import density_from_model
+from frazil.io.models import density_from_model, read_atoms
 
 gemmi = pytest.importorskip("gemmi", reason="gemmi (extra `models`) is not installed")
 
@@ -145,3 +146,29 @@ def test_beta_galactosidase_is_d2_about_the_box_centre_and_the_map_it_should_be(
     assert float(curve[: round(64 * 3.54 / 20) + 1].min()) > 0.99
     mirrored = torch.roll(torch.flip(turned, (0,)), 1, 0)
     assert float(fsc(mirrored, reference)[5:12].max()) < 0.9
+
+
+def test_coordinates_stay_where_the_grid_says(tmp_path):
+    """With grid_origin an atom at r lies at voxel (r − origin)/pixel; outside of the map it is refused with what is covered."""
+    pytest.importorskip("gemmi")
+    path = tmp_path / "one.pdb"
+    path.write_text("ATOM      1  CA  ALA A   1      10.000  20.000  33.000  1.00 20.00           C\nEND\n")
+    volume = density_from_model(path, 24, 1.5, grid_origin=(-2.0, 5.0, 12.0))
+    peak = np.unravel_index(int(volume.data.argmax()), volume.data.shape)
+    assert [int(i) for i in peak] == [14, 10, 8] and volume.origin == (-2.0, 5.0, 12.0)  # z, y, x
+    with pytest.raises(BadInput, match=r"1 of 1 atoms lie outside the map: they reach x 10 to 10, y 20 to 20, z 43 to 43 Å .* 0 to 34 Å"):
+        density_from_model(path, 24, 1.5, grid_origin=(0.0, 0.0, -10.0))
+
+
+def test_atoms_and_residues_of_a_model(tmp_path):
+    pytest.importorskip("gemmi")
+    path = tmp_path / "two.pdb"
+    path.write_text(
+        "ATOM      1  CA  ALA A   1      10.000  20.000  33.000  1.00 20.00           C\n"
+        "ATOM      2  H   ALA A   1      11.000  20.000  33.000  1.00 20.00           H\n"
+        "HETATM    3  O   HOH B   7      12.000  21.000  34.000  0.50 40.00           O\nEND\n"
+    )
+    atoms = read_atoms(path)
+    assert atoms.position.tolist() == [[10, 20, 33], [12, 21, 34]] and atoms.b_factor.tolist() == [20, 40]
+    assert atoms.kinds == ("protein", "water") and atoms.chains == ("A", "B") and atoms.numbers == ("1", "7")
+    assert atoms.residue.tolist() == [0, 1] and atoms.occupancy.tolist() == [1.0, 0.5]
