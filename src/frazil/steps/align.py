@@ -9,7 +9,6 @@ shifts by an inverse FFT for each of the rotations of a HEALPix grid. Fine: Gaus
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -294,13 +293,12 @@ def shell_agreement(target: Target, table: Lookup, one: Candidates, hand: Tensor
 
 
 def align(
-    target: Tensor, moving: Tensor, *, finest: float | None = None, max_shift: float | None = None, both_hands: bool = True,
-    report: Callable[[float], None] = lambda done: None,
+    target: Tensor, moving: Tensor, *, finest: float | None = None, max_shift: float | None = None, both_hands: bool = True
 ) -> Alignment:
     """How the map `moving` (N, N, N) has to be mirrored, turned and moved to lie on `target` (N, N, N), same pixel size and device.
 
-    finest: last shell compared (default: where the two still agree, at most 64 and 0.9 of Nyquist); max_shift in px (default half
-    the box). report is told the share that is done. ValueError if the boxes differ.
+    finest: last shell compared (default: where the two still agree, at most 64 and 0.9 of Nyquist); max_shift in px (default any).
+    ValueError if the boxes differ.
     """
     if target.shape != moving.shape:
         raise ValueError(f"align: boxes differ: {tuple(target.shape)} and {tuple(moving.shape)}")
@@ -314,12 +312,10 @@ def align(
     shells = [first * (last / first) ** (0.8 * i / (len(KEPT) - 1)) for i in range(len(KEPT))]
     results = []
     hands = (False, True) if both_hands else (False,)
-    for i, mirrored in enumerate(hands):
+    for mirrored in hands:
         hand = hand_matrix(mirrored).to(target.device)
         found = coarse_search(samples.up_to(first), low, hand, box if max_shift is None else max_shift)
-        report((i + 0.5) / len(hands))
         results.append((_refined(samples, fine, hand, found, shells), hand, mirrored))
-        report((i + 1) / len(hands))
     agreement = [shell_agreement(samples, fine, one, hand) for one, hand, _ in results]
     means = [float(curve[1 : int(shells[-1]) + 1].mean()) for curve in agreement]
     chosen = 1 if both_hands and means[1] > SURE * means[0] else 0
