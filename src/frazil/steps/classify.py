@@ -67,7 +67,9 @@ class ClassifyParams(BaseModel):
     perturb: float = setting(0.5, "random perturbation of the sampling each iteration, in coarse steps; 0: none", ge=0, le=1)
     sigma_offset: float = setting(10.0, "first standard deviation of the shifts", "Å", gt=0)
     adaptive_fraction: float = setting(0.999, "posterior mass of the coarse samples that go to the fine pass", gt=0, le=1)
-    max_significant: int = setting(-1, "most coarse samples a particle may take to the fine pass; -1: no limit")
+    max_significant: int = setting(
+        1000, "most coarse samples a particle may take to the fine pass (only flat posteriors have more); -1: no limit, as RELION"
+    )
     norm: bool = setting(True, "estimate a norm correction for every particle")
     scale: bool = setting(True, "estimate a scale for every micrograph")
     ctf_intact_first_peak: bool = setting(False, "leave the CTF 1 before its first peak")
