@@ -129,6 +129,8 @@ def continued(params: Params) -> tuple[ClassifyState, ParticleSet, Params]:
         raise BadInput(f"{path}: has {state.model.classes} classes, --classes is {params.classes}; leave that out")
     find: Callable[[str], Path] = lambda label: beside(path, Path.cwd(), general[label])  # noqa: E731
     kept = kept_settings(params, general, find("rlnModelStarFile"), find("rlnOrientSamplingStarFile"), state.model.pixel_size)
+    if "center_classes" not in params.model_fields_set and "rlnDoCenterClasses" in general:
+        kept["center_classes"] = bool(int(general["rlnDoCenterClasses"]))
     params = params.model_copy(update={**kept, "classes": state.model.classes})
     if state.progress.iteration >= (params.iterations or 25):
         raise BadInput(f"{path}: iteration {state.progress.iteration} is done, --iterations is {params.iterations}; raise it")
