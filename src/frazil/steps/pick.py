@@ -1,0 +1,420 @@
+"""Particles in micrographs by template matching (spec/processing 4; Roseman 2003).
+
+x: the micrograph, contrast inverted, mean 0, standard deviation 1. mu, sigma: its mean and standard deviation in a ring around each place.
+A: template, ⟨·⟩ = sum over the mask's pixels / their number, C = ⟨x A⟩ at each place and in-plane angle, A with the micrograph's CTF:
+
+    D = ⟨A²⟩ − 2 (C − mu ⟨A⟩)/sigma,    R = exp(−D/2),    FOM = (R − 1)/(exp(⟨A²⟩/2) − 1)
+
+so FOM is 1 for the template itself, 0 where background is as likely. mu and sigma are of the unfiltered micrograph: FOM does not depend
+on the low-pass. `ncc`: correlation coefficient of template and micrograph under the mask, in [−1, 1]. At the edge of a micrograph sums go
+over what is visible. Best angle and template are found by ops.correlate on tiles (overlap-save), so memory is bounded.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from frazil.data import Optics
+from frazil.maths.ctf import ctf
+from frazil.maths.masks import soft_edge
+from frazil.maths.peaks import local_maxima, refine_peaks
+from frazil.maths.templates import is_round, mask_templates, template_reach, turned_templates
+from frazil.maths.tiling import Tiling, WorkGrid, frequencies, half_plane, joined, on_micrograph, tile_axis, tiles_ft, transform, work_grid
+from frazil.ops.correlate import correlate_max_
+
+CLIP = 8.0  # standard deviations beyond which a pixel is dust and becomes 0
+RING = 1.4  # outer radius of the ring of local statistics, of the particle's radius
+LONGEST_TILE = 1200  # work pixels
+CTF_POINTS = 1 << 21  # evaluated at a time
+STATS_FLOOR = 1e-3  # sigma below this is a dead area
+REPEATED = 0.2  # of the usual change from line to line: below, a line is a copy
+PREVIEW = 1024  # px, longest side of a picture
+
+
+@dataclass(frozen=True)
+class PickSettings:
+    """How to pick. Lengths in Å."""
+
+    diameter: float  # of the mask around a particle
+    lowpass: float = 20.0  # 0: none
+    angular_step: float = 5.0  # degrees
+    score: str = "fom"  # or "ncc"
+    invert: bool = True  # particles are dark in the micrographs
+    intact_first_peak: bool = False  # CTF is 1 up to its first maximum
+    cache_bytes: int = 1 << 30  # memory for transforms of turned templates
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Templates ready for one grid: made once a job, used for every micrograph of the same size and pixel."""
+
+    grid: WorkGrid
+    settings: PickSettings
+    psi: Tensor  # (r,) degrees
+    masked: Tensor  # (t, N, N) masked templates at their own pixel
+    pixel_size: float  # Å of those
+    reach: int
+    tiles: tuple[Tiling, Tiling]  # y, x
+    round: tuple[bool, ...]  # templates that look the same at every angle
+    power: Tensor  # (t, shells) of |A|², summed over the shell, / (T_y T_x n_mask), up to the low-pass
+    shell: float  # 1/Å, width of those shells
+    mean: Tensor  # (t,) ⟨A⟩ before the CTF
+    n_mask: float  # work pixels
+    ring_ft: Tensor  # transform of the ring
+    disc_ft: Tensor  # transform of the particle's disc
+    ring_count: Tensor  # (h, w) visible pixels of the ring at each place
+    disc_share: Tensor  # (h, w) visible share of the disc at each place
+    cached: dict[int, Tensor] = field(default_factory=dict)  # transforms of turned templates by template
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.masked.device
+
+    def references(self, template: int) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first angle, transforms (r', T_y, T_x//2+1)) of a template, from the cache or made in pieces."""
+        if template in self.cached:
+            yield 0, self.cached[template]
+            return
+        height, width = self.tiles[0].size, self.tiles[1].size
+        piece = max(1, min(len(self.psi), self.settings.cache_bytes // (2 * 8 * height * (width // 2 + 1))))
+        psi = self.psi[:1] if self.round[template] else self.psi
+        for start in range(0, len(psi), piece):
+            yield start, torch.fft.rfft2(self.kernels(template, psi[start : start + piece]), s=(height, width))
+
+    def kernels(self, template: int, psi: Tensor) -> Tensor:
+        """(r, 2h+1, 2h+1) turned templates; for ncc of weighted mean 0 and norm 1 under the mask."""
+        turned = turned_templates(self.masked[template : template + 1], self.pixel_size, self.grid.work_pixel, psi, self.reach)[0]
+        return _standardised(turned, _disc(self.reach, self.settings.diameter / self.grid.work_pixel, turned)) if self.is_ncc else turned
+
+    @property
+    def is_ncc(self) -> bool:
+        """Which score."""
+        return self.settings.score == "ncc"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A micrograph on its work grid."""
+
+    image: Tensor  # (h, w) low-passed, multiplied by the CTF
+    mu: Tensor  # (h, w) local mean
+    sigma: Tensor  # (h, w) local standard deviation
+    ctf2: Tensor  # (shells,) mean CTF² on the bank's shells
+    ctf0: float  # CTF at k = 0
+    border: tuple[float, float, float, float]  # px at top, bottom, left, right that hold nothing new
+    preview: Tensor | None = None  # (h', w') float16, low-passed micrograph as it is, for pictures
+
+
+@dataclass(frozen=True)
+class ScoreMap:
+    """What template matching gives for a micrograph, on its work grid (h, w)."""
+
+    grid: WorkGrid
+    value: Tensor  # FOM or ncc of the best template and angle
+    psi: Tensor  # degrees
+    template: Tensor  # int16, from 0
+    mu: Tensor
+    sigma: Tensor
+    border: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # px at top, bottom, left, right to leave out
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Candidates of a micrograph, in no order."""
+
+    xy: Tensor  # (n, 2) float64, px of the micrograph
+    value: Tensor  # (n,)
+    psi: Tensor  # (n,) degrees
+    template: Tensor  # (n,) from 0
+    area: float  # share of the searched area that is above the threshold
+    size: Tensor | None = None  # (n,) Å, the best diameter (LoG)
+
+
+def make_bank(templates: Tensor, pixel_size: float, shape: tuple[int, int], micrograph_pixel: float, settings: PickSettings) -> Bank:
+    """The bank of templates (t, N, N) of `pixel_size`, white on black, for micrographs (y, x) px of `micrograph_pixel`; on their device."""
+    grid = work_grid(shape, micrograph_pixel, settings.lowpass, 0.5 * RING * settings.diameter)
+    reach = template_reach(settings.diameter, grid.work_pixel)
+    tiles = (tile_axis(grid.visible[0], reach, LONGEST_TILE), tile_axis(grid.visible[1], reach, LONGEST_TILE))
+    masked = mask_templates(templates.float(), pixel_size, settings.diameter)
+    n = max(1, round(360 / settings.angular_step))
+    psi = torch.arange(n, dtype=torch.float64, device=masked.device) * (360 / n)
+    ring, disc = _ring(grid, settings.diameter, masked.device), _ring(grid, settings.diameter, masked.device, disc=True)
+    visible = transform(torch.ones(grid.shape, device=masked.device), grid)
+    n_mask = float(disc.sum())
+    ring_ft, disc_ft = torch.fft.rfft2(ring), torch.fft.rfft2(disc)
+    count, share = (on_micrograph(torch.fft.irfft2(visible * ft.conj(), s=grid.size), grid) for ft in (ring_ft, disc_ft))
+    bank = Bank(grid, settings, psi, masked, pixel_size, reach, tiles, (), masked.new_zeros(0), 0.0, masked.new_zeros(0), n_mask,
+                ring_ft, disc_ft, count.clamp(min=1), (share / n_mask).clamp(0.05, 1.0))  # fmt: skip
+    few = psi[:: max(1, n // 12)]
+    rounds = tuple(is_round(bank.kernels(t, few)) for t in range(len(masked)))
+    power, shell = _template_power(bank)
+    plain = replace(bank, settings=replace(settings, score="fom"))
+    mean = torch.stack([plain.kernels(t, psi[:1]).sum() / n_mask for t in range(len(masked))])
+    bank = replace(bank, round=rounds, power=power, shell=shell, mean=mean)
+    each = n * tiles[0].size * (tiles[1].size // 2 + 1) * 8
+    for t in range(len(masked)):
+        if (len(bank.cached) + 1) * each <= settings.cache_bytes:
+            bank.cached[t] = torch.cat([part for _, part in bank.references(t)])
+    return bank
+
+
+def rescaled(bank: Bank, factor: float) -> Bank:
+    """The same templates times `factor`: FOM depends on their grey scale."""
+    cached = {t: values * factor for t, values in bank.cached.items()}
+    return replace(bank, masked=bank.masked * factor, power=bank.power * factor**2, mean=bank.mean * factor, cached=cached)
+
+
+def prepare(
+    micrograph: Tensor, bank: Bank, optics: Optics | None = None, defocus: Tensor | None = None, phase_shift: float = 0.0
+) -> Prepared:
+    """A micrograph (y, x) of any real type, on the bank's device, brought to its work grid; with its CTF where it is given.
+
+    defocus (3,): u, v in Å, angle in degrees; phase shift in degrees. Pixels that are not finite count as the mean.
+    """
+    grid = bank.grid
+    x = normalised(micrograph, bank.settings.invert)
+    ft = transform(x, grid)
+    shown = preview(ft, grid, -1.0 if bank.settings.invert else 1.0)
+    squares = transform(x.square_(), grid)
+    mu = on_micrograph(torch.fft.irfft2(ft * bank.ring_ft.conj(), s=grid.size), grid) / bank.ring_count
+    power = on_micrograph(torch.fft.irfft2(squares * bank.ring_ft.conj(), s=grid.size), grid) / bank.ring_count
+    sigma = (power - mu.square()).clamp(min=0).sqrt()
+    del squares, power
+    ctf2 = torch.ones(bank.power.shape[-1], device=x.device)
+    ctf0 = 1.0
+    if optics is not None and defocus is not None:
+        mode = "intact_first_peak" if bank.settings.intact_first_peak else "normal"
+        optics = replace(optics, pixel_size=grid.pixel_size)
+        _multiply_ctf_(ft, grid, lambda k: _ctf(k, optics, defocus, phase_shift, mode))
+        ctf2 = _mean_ctf2(bank, optics, defocus, phase_shift, mode)
+        ctf0 = float(_ctf(torch.zeros(1, 2), optics, defocus, phase_shift, mode))
+    if bank.settings.lowpass > 2 * grid.pixel_size:
+        ft *= half_plane(grid, x.device) <= bank.settings.lowpass**-2
+    image = on_micrograph(torch.fft.irfft2(ft, s=grid.size), grid).contiguous()
+    sigma = torch.where(sigma > STATS_FLOOR, sigma, torch.ones_like(sigma))
+    return Prepared(image, mu, sigma, ctf2, ctf0, blank_border(micrograph), shown)
+
+
+def as_float(micrograph: Tensor) -> Tensor:
+    """float32 of pixels of any type; unsigned 16-bit ones by way of signed ones, which every device converts."""
+    if micrograph.dtype == torch.uint16:
+        return micrograph.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF).float()
+    return micrograph.float()
+
+
+def normalised(micrograph: Tensor, invert: bool) -> Tensor:
+    """(y, x) float32, a new tensor: mean 0, standard deviation 1, contrast inverted where asked; dust and what is not finite is 0."""
+    x = as_float(micrograph) if micrograph.dtype != torch.float32 else micrograph.clone()
+    deviation, mean = torch.std_mean(x)
+    if not bool(torch.isfinite(deviation)):
+        x = torch.where(torch.isfinite(x), x, x[torch.isfinite(x)].mean())
+        deviation, mean = torch.std_mean(x)
+    x.sub_(mean).mul_((-1.0 if invert else 1.0) / deviation.clamp(min=1e-30))
+    return torch.where(x.abs() <= CLIP, x, torch.zeros((), device=x.device))
+
+
+def blank_border(micrograph: Tensor) -> tuple[float, float, float, float]:
+    """Rows at the top and bottom, columns at the left and right that repeat their neighbours (motion correction fills up so); 0 where none.
+
+    A line is a copy if its mean difference to the next is below a fifth of the usual one. A quarter of a side is looked at.
+    """
+    widths = []
+    x = as_float(micrograph)
+    for change in ((x[1:] - x[:-1]).abs().mean(1), (x[:, 1:] - x[:, :-1]).abs().mean(0)):
+        copies = change < REPEATED * change.median()
+        number = torch.arange(1, len(change) // 4 + 1, device=x.device)
+        for part in (copies, copies.flip(0)):
+            part = part[: len(number)]
+            widths.append(torch.where(part.sum() >= 3, (part * number).amax() + 2, torch.zeros_like(part.sum())))
+    top, bottom, left, right = torch.stack(widths).double().tolist()
+    return top, bottom, left, right
+
+
+def match(prepared: Prepared, bank: Bank) -> ScoreMap:
+    """Score of the best template and angle at every work pixel: the most probable ones (largest R), or of the largest ncc."""
+    tiles = tiles_ft(prepared.image, bank.tiles, bank.reach)
+    shape = (len(tiles), bank.tiles[0].size, bank.tiles[1].size)
+    h, w = prepared.image.shape
+    likelihood, value = (torch.full((h, w), -torch.inf, device=bank.device) for _ in range(2))
+    angle, template = (torch.zeros(h, w, dtype=torch.int16, device=bank.device) for _ in range(2))
+    footprint = _footprint_deviation(prepared, bank) if bank.is_ncc else None
+    for t in range(len(bank.masked)):
+        best = torch.full(shape, -torch.inf, device=bank.device)
+        index = torch.zeros(shape, dtype=torch.int16, device=bank.device)
+        for first, references in bank.references(t):
+            correlate_max_(tiles, references, shape[2], best, index, first=first)
+        found = joined(best, bank.tiles, h, w)
+        score, ratio = (found / footprint,) * 2 if footprint is not None else figure_of_merit(found, t, prepared, bank)
+        better = ratio > likelihood  # FOM itself would prefer the weaker of two templates at a strong particle
+        likelihood = torch.where(better, ratio, likelihood)
+        value = torch.where(better, score, value)
+        angle = torch.where(better, joined(index, bank.tiles, h, w), angle)
+        template = torch.where(better, torch.full_like(template, t), template)
+    psi = bank.psi[angle.long()].float()
+    return ScoreMap(bank.grid, value, psi, template, prepared.mu, prepared.sigma, prepared.border)
+
+
+def figure_of_merit(sums: Tensor, template: int, prepared: Prepared, bank: Bank) -> tuple[Tensor, Tensor]:
+    """(h, w) FOM and log R of Σ x A at each place."""
+    square = (bank.power[template] * prepared.ctf2).sum() * bank.disc_share
+    ratio = _gain(sums, template, prepared, bank) - 0.5 * square
+    return torch.expm1(ratio) / torch.expm1(0.5 * square), ratio
+
+
+def _gain(sums: Tensor, template: int, prepared: Prepared, bank: Bank) -> Tensor:
+    """(h, w) (C − mu ⟨A⟩)/sigma."""
+    mean = bank.mean[template] * prepared.ctf0 * bank.disc_share
+    return (sums / bank.n_mask - prepared.mu * mean) / prepared.sigma
+
+
+def amplitudes(prepared: Prepared, bank: Bank) -> Tensor:
+    """(h, w) factor a by which the best template must be multiplied to fit each place best: (C − mu ⟨A⟩)/(sigma ⟨A²⟩)."""
+    if bank.is_ncc:
+        raise ValueError("the grey scale of templates matters to the figure of merit only")
+    tiles = tiles_ft(prepared.image, bank.tiles, bank.reach)
+    shape = (len(tiles), bank.tiles[0].size, bank.tiles[1].size)
+    h, w = prepared.image.shape
+    strength = torch.full((h, w), -torch.inf, device=bank.device)
+    out = torch.zeros_like(strength)
+    for t in range(len(bank.masked)):
+        best, index = torch.full(shape, -torch.inf, device=bank.device), torch.zeros(shape, dtype=torch.int16, device=bank.device)
+        for first, references in bank.references(t):
+            correlate_max_(tiles, references, shape[2], best, index, first=first)
+        square = (bank.power[t] * prepared.ctf2).sum() * bank.disc_share
+        gain = _gain(joined(best, bank.tiles, h, w), t, prepared, bank)
+        better = gain / square.sqrt() > strength
+        strength = torch.where(better, gain / square.sqrt(), strength)
+        out = torch.where(better, gain / square, out)
+    return out
+
+
+def candidates(
+    scores: ScoreMap, threshold: float, edge: float, max_deviation: float = -1.0, min_mean: float = -999.0, level: float | None = None
+) -> Picks:
+    """Local maxima ≥ threshold, ≥ `edge` Å from the border, where sigma ≤ max_deviation (≤ 0: any) and mu ≥ min_mean.
+
+    `area` is the share of the searched area that is above `level` (the threshold if not given).
+    """
+    h, w = scores.value.shape
+    rows = torch.arange(h, device=scores.value.device) / scores.grid.scale[0]
+    columns = torch.arange(w, device=scores.value.device) / scores.grid.scale[1]
+    top, bottom, left, right = (width + edge / scores.grid.pixel_size for width in scores.border)
+    allowed = ((rows >= top) & (rows <= scores.grid.shape[0] - 1 - bottom))[:, None]
+    allowed = allowed & ((columns >= left) & (columns <= scores.grid.shape[1] - 1 - right))
+    searched = allowed.sum().clamp(min=1)
+    if max_deviation > 0:
+        allowed = allowed & (scores.sigma <= max_deviation)
+    allowed = allowed & (scores.mu >= min_mean)
+    peaks = local_maxima(scores.value, allowed, threshold)
+    area = float((allowed & (scores.value >= (threshold if level is None else level))).sum() / searched)
+    at = refine_peaks(scores.value, peaks)
+    y, x = peaks.unbind(-1)
+    scale = torch.tensor(scores.grid.scale, dtype=torch.float64, device=at.device)
+    xy = (at / scale).flip(-1)
+    limit = torch.tensor([scores.grid.shape[1] - 1.0, scores.grid.shape[0] - 1.0], dtype=torch.float64, device=at.device)
+    xy = torch.minimum(xy.clamp(min=0), limit)
+    return Picks(xy.cpu(), scores.value[y, x].cpu(), scores.psi[y, x].cpu(), scores.template[y, x].cpu(), area)
+
+
+# ---- pieces
+
+
+def preview(ft: Tensor, grid: WorkGrid, sign: float) -> Tensor:
+    """(h, w) float16 picture of a micrograph from its transform on the work grid, at most PREVIEW px long."""
+    factor = max(1.0, max(grid.visible) / PREVIEW)
+    h, w = (2 * round(m / factor / 2) for m in grid.size)
+    out = ft
+    if factor > 1:
+        out = ft.new_zeros(h, w // 2 + 1)
+        out[: h // 2, : w // 2] = ft[: h // 2, : w // 2]
+        out[h - h // 2 + 1 :, : w // 2] = ft[grid.size[0] - h // 2 + 1 :, : w // 2]
+    picture = torch.fft.irfft2(out, s=(h, w)) * (sign * h * w / (grid.size[0] * grid.size[1]))
+    rows, columns = (math.ceil(n * m / p) for n, m, p in zip(grid.shape, (h, w), grid.padded, strict=True))
+    return picture[:rows, :columns].half()
+
+
+def _row_parts(grid: WorkGrid) -> Iterator[slice]:
+    """Slices of rows that hold about CTF_POINTS frequencies."""
+    step = max(1, CTF_POINTS // (grid.size[1] // 2 + 1))
+    yield from (slice(start, min(start + step, grid.size[0])) for start in range(0, grid.size[0], step))
+
+
+def _multiply_ctf_(ft: Tensor, grid: WorkGrid, value: Callable[[Tensor], Tensor]) -> None:
+    """Multiply a half transform by value(k (p, 2)) in place, some rows at a time."""
+    for rows in _row_parts(grid):
+        ky, kx = frequencies(grid, rows, ft.device)
+        k = torch.stack(torch.broadcast_tensors(kx[None, :], ky[:, None]), -1)
+        ft[rows] *= value(k.reshape(-1, 2)).reshape(len(ky), len(kx)).to(ft.real.dtype)
+
+
+def _ctf(k: Tensor, optics: Optics, defocus: Tensor, phase_shift: float, mode: str) -> Tensor:
+    """(p,) float32 CTF at k (p, 2)."""
+    one = torch.ones(1, dtype=torch.float64, device=k.device)
+    return ctf(k, defocus.to(k)[None], phase_shift * one, 0 * one, one, optics, mode=mode, dtype=torch.float32)[0]
+
+
+def _mean_ctf2(bank: Bank, optics: Optics, defocus: Tensor, phase_shift: float, mode: str) -> Tensor:
+    """(shells,) CTF² on the bank's shells, averaged over 16 directions of half a plane."""
+    r = torch.arange(bank.power.shape[-1], device=bank.device, dtype=torch.float64) * bank.shell
+    turn = torch.arange(16, device=bank.device, dtype=torch.float64) * (math.pi / 16)
+    k = torch.stack([r * turn.cos()[:, None], r * turn.sin()[:, None]], -1)
+    return _ctf(k.reshape(-1, 2), optics, defocus, phase_shift, mode).square().reshape(16, -1).mean(0)
+
+
+def _disc(reach: int, diameter_px: float, like: Tensor) -> Tensor:
+    """(2h+1, 2h+1) the particle's disc, one pixel soft."""
+    line = torch.arange(-reach, reach + 1, device=like.device, dtype=like.dtype)
+    return soft_edge((line[:, None].square() + line.square()).sqrt(), 0.5 * diameter_px - 0.5, 1.0)
+
+
+def _standardised(kernels: Tensor, disc: Tensor) -> Tensor:
+    """disc · (A − mean) / sqrt(Σ disc (A − mean)²): its product with an image is the coefficient times the image's own root sum."""
+    mean = (kernels * disc).sum((-2, -1), keepdim=True) / disc.sum()
+    centred = kernels - mean
+    return centred * disc / (disc * centred.square()).sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
+
+
+def _ring(grid: WorkGrid, diameter: float, device: torch.device, disc: bool = False) -> Tensor:
+    """(m_y, m_x) ring of the local statistics (or the particle's disc) around pixel 0 of the work grid, wrapped, one pixel soft."""
+    lines = [torch.fft.fftfreq(m, 1 / m, device=device) / s * grid.pixel_size for m, s in zip(grid.size, grid.scale, strict=True)]
+    r = (lines[0][:, None].square() + lines[1].square()).sqrt() / grid.work_pixel
+    inner = 0.5 * diameter / grid.work_pixel
+    inside = soft_edge(r, inner - 0.5, 1.0)
+    return inside if disc else soft_edge(r, max(RING * inner, inner + 2) - 0.5, 1.0) - inside
+
+
+def _template_power(bank: Bank) -> tuple[Tensor, float]:
+    """(t, shells) of the bank and the width of a shell, 1/Å."""
+    height, width = bank.tiles[0].size, bank.tiles[1].size
+    plain = replace(bank, settings=replace(bank.settings, score="fom"))
+    ky = torch.fft.fftfreq(height, bank.grid.work_pixel, device=bank.device)
+    kx = torch.arange(width // 2 + 1, device=bank.device) / (width * bank.grid.work_pixel)
+    k = (ky[:, None].square() + kx.square()).sqrt()
+    shell = 1 / (max(height, width) * bank.grid.work_pixel)
+    highest = 1 / bank.settings.lowpass if bank.settings.lowpass > 2 * bank.grid.pixel_size else float(k.max())
+    weight = torch.full((width // 2 + 1,), 2.0, device=bank.device)
+    weight[0] = weight[-1] = 1.0
+    bins = (k / shell).round().long()
+    keep = k <= highest
+    rows = []
+    for t in range(len(bank.masked)):
+        ft = torch.fft.rfft2(plain.kernels(t, bank.psi[:1]), s=(height, width))[0]
+        power = (ft.real.square() + ft.imag.square()) * weight
+        rows.append(torch.bincount(bins[keep], power[keep].double(), minlength=int(bins[keep].max()) + 1))
+    return (torch.stack(rows) / (height * width * bank.n_mask)).float(), shell
+
+
+def _footprint_deviation(prepared: Prepared, bank: Bank) -> Tensor:
+    """(h, w) sqrt(Σ disc (y − ȳ)²) of the work image under the particle's disc."""
+    sums = []
+    for values in (prepared.image, prepared.image.square()):
+        ft = torch.fft.rfft2(values, s=bank.grid.size)
+        sums.append(on_micrograph(torch.fft.irfft2(ft * bank.disc_ft.conj(), s=bank.grid.size), bank.grid))
+    number = bank.disc_share * bank.n_mask
+    spread = (sums[1] - sums[0].square() / number).clamp(min=0)
+    return spread.clamp(min=1e-6 * spread.mean()).sqrt()

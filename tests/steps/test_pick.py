@@ -1,0 +1,155 @@
+"""Picking: planted templates, pure noise, low-pass, edges, CTF; CPU in float64 terms by way of the definition."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from frazil.data import Optics
+from frazil.maths.fourier import image_from_ft
+from frazil.maths.peaks import highest_apart, match_points
+from frazil.simulate.micrographs import MicrographSettings, grey_scale, simulate_micrograph, slices, view_rotations
+from frazil.simulate.phantom import phantom
+from frazil.steps.pick import PickSettings, blank_border, candidates, make_bank, match, normalised, prepare
+
+PIXEL, BOX, SHAPE = 5.0, 40, (250, 310)
+SOURCE = phantom(BOX, PIXEL, "C1", 3)
+
+
+def templates(scale: float = 1.0, views: int = 3) -> torch.Tensor:
+    rotation = view_rotations(MicrographSettings(views=views, seed=5))
+    images = image_from_ft(slices(SOURCE, rotation, Optics(PIXEL, BOX)), BOX)
+    return scale * images / images.std()
+
+
+def planted(scale: float, noise: float, rng: torch.Generator, places: list[tuple[int, int]]) -> torch.Tensor:
+    """Dark copies of the templates, in turn, at whole pixels, over noise."""
+    image = noise * torch.randn(*SHAPE, generator=rng)
+    for i, (x, y) in enumerate(places):
+        picture = templates(scale)[i % 3]
+        image[y - BOX // 2 : y + BOX // 2, x - BOX // 2 : x + BOX // 2] -= picture - picture[0, 0]
+    return image
+
+
+PLACES = [(50, 60), (150, 55), (250, 60), (60, 180), (160, 190), (255, 185)]
+
+
+def picked(image, bank, threshold=0.3, edge=20.0, optics=None, defocus=None):
+    found = candidates(match(prepare(image, bank, optics, defocus), bank), threshold, edge)
+    kept = highest_apart(found.xy.numpy(), found.value.double().numpy(), 90 / PIXEL)
+    return found.xy.numpy()[kept], found.value.numpy()[kept], found.psi.numpy()[kept], found.template.numpy()[kept]
+
+
+@pytest.mark.parametrize("lowpass", [0.0, 20.0])
+def test_planted_templates_are_found_with_fom_one(lowpass, rng):
+    """Positions within half a work pixel, angle within half a step, the right template, FOM 1 ± 0.1, filtered or not."""
+    scale = 0.5
+    image = planted(scale, 1.0, rng, PLACES)
+    bank = make_bank(templates(scale), PIXEL, SHAPE, PIXEL, PickSettings(130.0, lowpass))
+    xy, value, psi, template = picked(image, bank, 0.55)
+    pairs = match_points(xy, value.astype(float), np.array(PLACES, float), 2 * bank.grid.work_pixel / PIXEL)
+    assert len(xy) == len(PLACES) and pairs.gains.all()
+    assert pairs.distance.max() <= 0.5 * math.sqrt(2) * bank.grid.work_pixel / PIXEL
+    assert all(template[i] == pairs.partner[i] % 3 for i in range(len(xy)))
+    assert np.abs((psi + 180) % 360 - 180).max() <= 5.0
+    # sd of the whole micrograph is a little above that of its noise
+    assert abs(value.mean() - 1) < 0.1
+
+
+def test_inverted_contrast_finds_nothing(rng):
+    image = planted(0.5, 1.0, rng, PLACES)
+    bank = make_bank(templates(0.5), PIXEL, SHAPE, PIXEL, PickSettings(130.0, 20.0, invert=False))
+    xy, value, _, _ = picked(image, bank, 0.55)
+    assert not match_points(xy, value.astype(float), np.array(PLACES, float), 5.0).gains.any()
+
+
+def test_noise_alone_stays_below_the_expected_bound(rng):
+    """⟨Aε⟩ has sd √(⟨A²⟩/n); the largest of many angles and places stays below about five of it."""
+    image = torch.randn(*SHAPE, generator=rng)
+    bank = make_bank(templates(0.5), PIXEL, SHAPE, PIXEL, PickSettings(130.0, 0.0))
+    square = float(bank.power[0].sum())
+    sd = math.sqrt(square / bank.n_mask)
+    scores = match(prepare(image, bank), bank)
+    highest = math.expm1(6.5 * sd - square / 2) / math.expm1(square / 2)
+    assert float(scores.value.max()) < highest
+    one = make_bank(templates(0.5)[:1], PIXEL, SHAPE, PIXEL, PickSettings(130.0, 0.0, angular_step=360))
+    value = match(prepare(image, one), one).value[20:-20, 20:-20]
+    at = math.expm1(1.0 * sd - float(one.power[0].sum()) / 2) / math.expm1(float(one.power[0].sum()) / 2)
+    assert abs(float((value > at).float().mean()) - 0.159) < 0.03  # a normal variable exceeds one sd
+
+
+def test_local_statistics_are_those_of_the_ring_written_out(rng):
+    image = torch.randn(120, 140, generator=rng) + torch.linspace(0, 2, 140)
+    bank = make_bank(templates(), PIXEL, (120, 140), PIXEL, PickSettings(100.0, 0.0))
+    ready, x = prepare(image, bank), normalised(image, True)
+    yy, xx = torch.meshgrid(torch.arange(120), torch.arange(140), indexing="ij")
+    for y0, x0 in ((60, 70), (5, 130)):
+        r = ((yy - y0) ** 2 + (xx - x0) ** 2).float().sqrt()
+        ring = (r > 10.6) & (r < 13.4)  # 50 to 70 Å, off the soft pixel at either rim
+        assert abs(float(ready.mu[y0, x0]) - float(x[ring].mean())) < 0.1
+        assert abs(float(ready.sigma[y0, x0]) - float(x[ring].std())) < 0.1
+
+
+def test_ncc_is_the_coefficient_written_out(rng):
+    image = torch.randn(100, 100, generator=rng)
+    bank = make_bank(templates()[:1], PIXEL, (100, 100), PIXEL, PickSettings(100.0, 0.0, angular_step=360, score="ncc"))
+    scores = match(prepare(image, bank), bank)
+    assert float(scores.value.abs().max()) <= 1
+    h = bank.reach
+    kernel = bank.kernels(0, bank.psi)[0]
+    window = normalised(image, True)[40 - h : 40 + h + 1, 55 - h : 55 + h + 1]
+    disc = (torch.arange(-h, h + 1)[:, None] ** 2 + torch.arange(-h, h + 1) ** 2).sqrt() < 10
+    spread = (window[disc] - window[disc].mean()).square().sum().sqrt()
+    assert float(scores.value[40, 55]) == pytest.approx(float((kernel * window).sum() / spread), abs=0.02)
+
+
+def test_nothing_is_picked_past_the_edge_and_half_particles_are_seen(rng):
+    image = planted(0.5, 0.6, rng, PLACES)[:, 60:].contiguous()  # the two particles at x = 50, 60 are cut
+    bank = make_bank(templates(0.5), PIXEL, (250, 250), PIXEL, PickSettings(130.0, 20.0))
+    xy, _, _, _ = picked(image, bank, -0.2, edge=0.0)
+    assert (xy >= 0).all() and (xy <= 249).all()
+    assert any(abs(x) < 3 and abs(y - 180) < 3 for x, y in xy)
+    far, _, _, _ = picked(image, bank, -0.2, edge=100.0)
+    assert (far >= 20).all() and (far <= 229).all()
+
+
+def test_the_ctf_is_used(rng):
+    """Simulated micrograph with CTF: with it picks are true and angles right, without it fewer."""
+    optics = Optics(PIXEL, BOX, 300.0, 2.7, 0.1)
+    settings = MicrographSettings((300, 300), SOURCE.diameter(), 25, 0.2, 3, True, 0.6, 0.0, 0, 0, False, 5)
+    made = simulate_micrograph(SOURCE, optics, settings, 0)
+    pictures = grey_scale(SOURCE, optics, settings) * image_from_ft(slices(SOURCE, view_rotations(settings), optics), BOX)
+    bank = make_bank(pictures, PIXEL, (300, 300), PIXEL, PickSettings(settings.diameter, 20.0))
+    n = len(made.xy)
+    recalls, medians = [], []
+    for with_ctf in (True, False):
+        xy, value, psi, template = picked(made.image, bank, -5.0, 0.0, optics if with_ctf else None, made.defocus if with_ctf else None)
+        pairs = match_points(xy[:n], value[:n].astype(float), made.xy.numpy(), 4.0)
+        recalls.append(pairs.gains.sum() / n)
+        medians.append(float(np.median(value[:n])))
+        if with_ctf:
+            good = pairs.partner >= 0
+            off = psi[:n][good] - made.psi.numpy()[pairs.partner[good]]
+            assert np.median(np.abs((off + 180) % 360 - 180)) <= 3.0
+            assert (template[:n][good] == made.view.numpy()[pairs.partner[good]]).mean() > 0.85
+    assert recalls[0] > 0.85 and recalls[0] >= recalls[1]
+    assert 0.6 < medians[0] < 1.4 and medians[1] < medians[0] - 0.5
+
+
+def test_copied_borders_are_seen(rng):
+    image = torch.randn(200, 220, generator=rng)
+    assert blank_border(image) == (0.0, 0.0, 0.0, 0.0)
+    image[:12] = image[12]
+    image[:, -9:] = image[:, -10:-9]
+    top, bottom, left, right = blank_border(image)
+    assert 12 <= top <= 14 and 9 <= right <= 11 and bottom == left == 0
+
+
+def test_uncached_templates_give_the_same(rng):
+    image = planted(0.5, 1.0, rng, PLACES)
+    cached, small = (make_bank(templates(0.5), PIXEL, SHAPE, PIXEL, PickSettings(130.0, 20.0, cache_bytes=b)) for b in (1 << 30, 1 << 20))
+    assert cached.cached and not small.cached
+    a, b = (match(prepare(image, bank), bank).value for bank in (cached, small))
+    assert (a - b).abs().max() < 1e-4
