@@ -14,15 +14,15 @@ from frazil.maths.symmetry import operators
 PIXEL_TOLERANCE = 0.01  # relative difference of two pixel sizes that still are the same
 
 
-def read_cube(path: Path) -> Volume:
-    """A map (N, N, N) float32 with N even and a pixel size; raises BadInput naming the file otherwise."""
+def read_cube(path: Path, *, needs_pixel_size: bool = True) -> Volume:
+    """A map (N, N, N) float32 with N even and (unless not needed) a pixel size; raises BadInput naming the file otherwise."""
     volume = read_map(path)
     shape = tuple(volume.data.shape)
     if len(set(shape)) != 1:
         raise BadInput(f"{path}: {shape[2]} x {shape[1]} x {shape[0]} voxels; expected a cube, `frazil map crop` makes one")
     if shape[0] % 2:
         raise BadInput(f"{path}: box of {shape[0]} px is odd; expected an even box, `frazil map crop --box {shape[0] - 1}` makes one")
-    if volume.pixel_size <= 0:
+    if volume.pixel_size <= 0 and needs_pixel_size:
         raise BadInput(f"{path}: has no pixel size in its header; write one with `frazil map resample --force-pixel-size`")
     return volume
 

@@ -7,7 +7,7 @@ Half transforms are those of torch.fft.rfftn, in FFT order. They are walked some
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,35 @@ def shell_sums(values: Callable[[slice], Tensor], box: int, dims: int = 3, devic
     return total[:-1]
 
 
+def shell_rows(box: int, dims: int, device: torch.device | str | None, rows: slice) -> Tensor:
+    """int64 shell round(|k|) of the elements `rows` of a half transform, N//2 + 1 for the corners beyond N//2; exact: from integers."""
+    last = box // 2
+    line = torch.fft.fftfreq(box, 1 / box, device=device).round().long().square()
+    half = torch.arange(last + 1, device=device).square()
+    k2 = line[rows, None] + half if dims == 2 else line[rows, None, None] + line[:, None] + half
+    table = shell_round(torch.arange(dims * last**2 + 1, device=device, dtype=torch.float64).sqrt()).long().clamp(max=last + 1)
+    return table[k2]
+
+
+def shell_totals(
+    values: Callable[[slice], Sequence[Tensor]], box: int, dims: int = 3, device: torch.device | str | None = None, *, relion: bool = False
+) -> Tensor:
+    """(q, N//2+1) float64 sums by shell of q real quantities, values(rows) → q tensors, in one walk over the half transform.
+
+    relion: every stored element counts once, so that the plane kx = 0, whose elements are there twice, has twice its weight, as in
+    RELION's FSC and Guinier plots; otherwise the sums are those over the whole transform, as in `shell_sums`.
+    """
+    last = box // 2
+    weight = torch.ones(last + 1, dtype=torch.float64, device=device) if relion else friedel_weights(box, device)
+    totals: list[Tensor] = []
+    for start in range(0, box, PLANES):
+        rows = slice(start, min(start + PLANES, box))
+        shell = shell_rows(box, dims, device, rows).reshape(-1)
+        sums = [torch.bincount(shell, (x.double() * weight).reshape(-1), minlength=last + 2)[:-1] for x in values(rows)]
+        totals = sums if not totals else [a + b for a, b in zip(totals, sums, strict=True)]
+    return torch.stack(totals)
+
+
 def shell_average(half: Tensor, box: int) -> Tensor:
     """(N//2+1,) float64 shell means of a real half array (N, [N,] N//2+1) of the rfftn layout."""
     dims = half.ndim
@@ -96,6 +125,12 @@ def lowpass_map(data: Tensor, pixel_size: float, resolution: float, edge: float 
 
 def apply_spectrum(data: Tensor, spectrum: Tensor, *, dims: int = 3) -> Tensor:
     """Map(s) multiplied in Fourier space by spectrum (N//2+1,) at shell round(|k|); the corners beyond N/2 become 0."""
-    table = torch.cat([spectrum.to(data.device).double(), torch.zeros(1, dtype=torch.float64, device=data.device)])
-    last = len(table) - 1
-    return apply_to_ft(data, lambda r: table[shell_round(r).long().clamp(max=last)], dims)
+    box, axes = data.shape[-1], tuple(range(-dims, 0))
+    table = torch.cat([spectrum.to(data.device, data.dtype), torch.zeros(1, dtype=data.dtype, device=data.device)])
+    ft = torch.fft.rfftn(data, dim=axes)
+    first, batch = ft.movedim(-dims, 0), (1,) * (data.ndim - dims)
+    for start in range(0, box, PLANES):
+        rows = slice(start, min(start + PLANES, box))
+        factor = table[shell_rows(box, dims, data.device, rows)]
+        first[rows] *= factor.reshape(factor.shape[0], *batch, *factor.shape[1:])
+    return torch.fft.irfftn(ft, s=data.shape[-dims:], dim=axes)

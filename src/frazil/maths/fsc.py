@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frazil.maths.filters import planes, shell_sums
-from frazil.maths.fourier import shell_round
+from frazil.maths.filters import planes, shell_totals
 
 NO_RESOLUTION = 999.0  # Å, where not even shell 1 is above the threshold, as in RELION's files
 RANDOMISE_BELOW = 0.8  # phases are randomised from the first shell whose unmasked FSC is lower
@@ -25,19 +24,25 @@ def _correlation(cross: Tensor, power1: Tensor, power2: Tensor) -> Tensor:
     return curve
 
 
-def fsc_of_transforms(a: Tensor, b: Tensor, box: int) -> Tensor:
-    """(N//2+1,) float64 FSC of two half transforms (…, N//2+1) of maps (3 axes) or images (2 axes: a ring correlation)."""
-    dims, device = a.ndim, a.device
-    cross = shell_sums(lambda s: a[s].real * b[s].real + a[s].imag * b[s].imag, box, dims, device)
-    power = [shell_sums(lambda s, x=x: x[s].real.square() + x[s].imag.square(), box, dims, device) for x in (a, b)]
-    return _correlation(cross, *power)
+def fsc_of_transforms(a: Tensor, b: Tensor, box: int, *, relion: bool = False) -> Tensor:
+    """(N//2+1,) float64 FSC of two half transforms (…, N//2+1) of maps (3 axes) or images (2 axes: a ring correlation).
+
+    relion: the plane kx = 0 counts twice, as in RELION's programs (filters.shell_totals); at 64 px the two differ by up to 0.01.
+    """
+
+    def products(s: slice) -> tuple[Tensor, ...]:
+        x, y = a[s], b[s]
+        cross = x.real * y.real + x.imag * y.imag
+        return cross, x.real.square() + x.imag.square(), y.real.square() + y.imag.square()
+
+    return _correlation(*shell_totals(products, box, a.ndim, a.device, relion=relion))
 
 
-def fsc(a: Tensor, b: Tensor) -> Tensor:
+def fsc(a: Tensor, b: Tensor, *, relion: bool = False) -> Tensor:
     """(N/2+1,) float64 Fourier shell correlation of two maps (N, N, N), on their device; ValueError if the boxes differ."""
     if a.shape != b.shape:
         raise ValueError(f"maps of different size have no FSC: {tuple(a.shape)} and {tuple(b.shape)}")
-    return fsc_of_transforms(torch.fft.rfftn(a), torch.fft.rfftn(b), a.shape[-1])
+    return fsc_of_transforms(torch.fft.rfftn(a), torch.fft.rfftn(b), a.shape[-1], relion=relion)
 
 
 def first_below(curve: Tensor, threshold: float) -> int | None:
@@ -53,16 +58,18 @@ def resolution_at(curve: Tensor, threshold: float, box: int, pixel_size: float) 
     return box * pixel_size / last if last > 0 else NO_RESOLUTION
 
 
-def randomise_phases(volume: Tensor, from_shell: int, generator: torch.Generator) -> Tensor:
+def randomise_phases(volume: Tensor, from_shell: int, generator: torch.Generator, *, relion: bool = False) -> Tensor:
     """Map (N, N, N) with the same amplitudes and, from shell `from_shell` on, random phases: those of a real white-noise volume.
 
+    relion: from |k| = from_shell on instead, as RELION does, which leaves the inner half of that shell as it is.
     The noise is drawn on the generator's device, so a CPU generator gives the same map on every device.
     """
     noise = torch.randn(volume.shape, generator=generator, device=generator.device, dtype=volume.dtype).to(volume.device)
     ft, random = torch.fft.rfftn(volume), torch.fft.rfftn(noise)
+    start = from_shell if relion else from_shell - 0.5
     for rows, radius in planes(volume.shape[-1], 3, volume.device):
         phase = random[rows] / random[rows].abs().clamp(min=torch.finfo(volume.dtype).tiny)
-        ft[rows] = torch.where(shell_round(radius) >= from_shell, ft[rows].abs() * phase, ft[rows])
+        ft[rows] = torch.where(radius >= start, ft[rows].abs() * phase, ft[rows])
     return torch.fft.irfftn(ft, s=volume.shape)
 
 
@@ -77,22 +84,34 @@ class CorrectedFsc:
     randomise_from: int | None  # first randomised shell; None: the unmasked FSC never falls below 0.8, nothing could be corrected
 
 
-def corrected_fsc(half1: Tensor, half2: Tensor, mask: Tensor, seed: int = 0, *, randomise_from: int | None = None) -> CorrectedFsc:
+def corrected_fsc(
+    half1: Tensor, half2: Tensor, mask: Tensor, seed: int = 0, *, randomise_from: int | None = None, below: float = RANDOMISE_BELOW,
+    relion: bool = False, draws: int = 1,
+) -> CorrectedFsc:  # fmt: skip
     """FSC of two half maps (N, N, N) inside a mask (N, N, N), corrected for the correlation that the mask itself makes.
 
     The halves' phases come from different random streams: with one stream noise would correlate and the correction be too strong.
-    randomise_from: the first randomised shell, instead of the first whose unmasked FSC is below 0.8.
+    randomise_from: the first randomised shell, instead of the first whose unmasked FSC is below `below`. relion: RELION's sums over
+    shells (fsc_of_transforms) and start of the random phases. draws: mean over so many sets of random phases; a single one is noisy
+    in a small box.
     """
-    unmasked = fsc(half1, half2)
-    masked = fsc(half1 * mask, half2 * mask)
-    start = first_below(unmasked, RANDOMISE_BELOW) if randomise_from is None else randomise_from
+    unmasked = fsc(half1, half2, relion=relion)
+    masked = fsc(half1 * mask, half2 * mask, relion=relion)
+    start = first_below(unmasked, below) if randomise_from is None else randomise_from
     if start is None:
         return CorrectedFsc(unmasked, masked, torch.zeros_like(masked), masked.clone(), None)
-    noisy = [randomise_phases(half, start, torch.Generator().manual_seed(2 * seed + i)) * mask for i, half in enumerate((half1, half2))]
-    random = fsc(*noisy)
-    corrected = masked.clone()
-    beyond = torch.arange(len(masked), device=masked.device) >= start + 2
-    excess = masked - random
-    real = (excess > 0) & (random < 1)
-    corrected[beyond] = torch.where(real, excess / (1 - random).clamp(min=1e-12), torch.zeros_like(excess))[beyond]
+    random = torch.zeros_like(masked)
+    for draw in range(draws):
+        streams = (torch.Generator().manual_seed(2 * (seed + 1_000_003 * draw) + i) for i in (0, 1))
+        noisy = (randomise_phases(half, start, stream, relion=relion) * mask for half, stream in zip((half1, half2), streams, strict=True))
+        random += fsc(*noisy, relion=relion) / draws
+    corrected = corrected_for_mask(masked, random, start)
+    corrected[start + 2 :] = corrected[start + 2 :].clamp(min=0)  # a refinement has no use for negative ones
     return CorrectedFsc(unmasked, masked, random, corrected, start)
+
+
+def corrected_for_mask(masked: Tensor, random: Tensor, start: int) -> Tensor:
+    """(…, n) curves (FSC_m − FSC_r)/(1 − FSC_r) from shell start + 2 on, FSC_m before; 0 where FSC_r ≥ 1 (Chen et al. 2013)."""
+    beyond = torch.arange(masked.shape[-1], device=masked.device) >= start + 2
+    true = torch.where(random < 1, (masked - random) / (1 - random).clamp(min=1e-12), torch.zeros_like(masked))
+    return torch.where(beyond, true, masked)
