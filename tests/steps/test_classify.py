@@ -99,7 +99,23 @@ class TestEmptyClasses:
         after = iterate(job, state)
         assert after.emptied == () and after.model.classes == 3 and after.model.pdf_class[2] == 0
         assert torch.isfinite(after.model.maps).all() and (after.poses.klass < 2).all()
-        # The same as if there had never been a third.
+        assert step.at_live_classes(torch.tensor([-1, 0, 1, 2]), torch.tensor([1]), 3).tolist() == [-1, -1, 0, -1]
+
+    def test_a_particle_without_any_finite_likelihood_keeps_its_class(self, made, state):
+        """Its image is not a number: it has no weight, and its class is not taken for a number among those that live."""
+        images = made.images.clone()
+        images[5] = torch.nan
+        lower = replace(state, model=step.spread(step.classes_of(state.model, torch.tensor([0, 1])), torch.tensor([0, 2]), 3))
+        klass = torch.where(state.particles.klass == 2, 3, 1)
+        klass[5] = 3
+        lower = replace(lower, particles=replace(state.particles, klass=klass), poses=replace(state.poses, klass=klass - 1))
+        params = PARAMS.model_copy(update={"classes": 3, "firstiter_cc": False})
+        after = iterate(replace(job_of(made, params), images=images), lower)
+        assert int(after.poses.klass[5]) == 2 and (after.poses.klass != 1).all() and torch.isfinite(after.model.maps).all()
+
+    def test_it_is_as_if_there_had_never_been_a_third(self, made, state):
+        job = job_of(made, PARAMS.model_copy(update={"classes": 3, "firstiter_cc": False}))
+        after = iterate(job, state)
         two = PARAMS.model_copy(update={"firstiter_cc": False})
         alone = replace(state, model=step.classes_of(state.model, torch.tensor([0, 1])), accuracy=state.accuracy[:2])
         assert torch.equal(iterate(job_of(made, two), alone).model.maps, after.model.maps[:2])

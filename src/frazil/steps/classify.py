@@ -209,8 +209,10 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     # One reference for all classes: a cross-correlation iteration makes one map of all particles, which is copied (spec 2.3).
     seeds = cc and state.assigned is not None
     live = torch.tensor([0]) if seeds else torch.nonzero(model.pdf_class > 0)[:, 0]
-    before = replace(state, progress=progress, sampling=sampling, model=classes_of(model, live), accuracy=accuracy)
-    statistics, poses, seconds = expect(job, before, None if cc else at_live_classes(state.assigned, live, model.classes), cc)
+    numbered = replace(state.particles, klass=at_live_classes(state.particles.klass - 1, live, model.classes) + 1)
+    before = replace(state, progress=progress, sampling=sampling, model=classes_of(model, live), particles=numbered, accuracy=accuracy)
+    assigned = None if cc or state.assigned is None else at_live_classes(state.assigned, live, model.classes)
+    statistics, poses, seconds = expect(job, before, assigned, cc)
     poses = replace(poses, klass=live[poses.klass])
     moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(sampling.group))
     progress = after_changes(progress, *moved, sampling, float((poses.klass != state.poses.klass).double().mean()))
@@ -220,7 +222,8 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     with clock("M-step"):
         after = maximize(job, after, statistics, cc)
         full = copied(after.model, model.classes) if seeds else spread(after.model, live, model.classes)
-        after = reseeded(job, replace(after, model=job.world.agree(full)), model.pdf_class, generator)
+        after = replace(after, model=job.world.agree(full), unmasked=all_unmasked(after.unmasked, live, full, seeds))
+        after = reseeded(job, after, model.pdf_class, generator)
     return replace(after, seconds=seconds | clock.seconds)
 
 
@@ -261,10 +264,17 @@ def with_directions(model: Model, sampling: Sampling, params: ClassifyParams) ->
     return replace(model, pdf_direction=model.pdf_class[:, None].expand(-1, n) / n)
 
 
-def at_live_classes(assigned: Tensor | None, live: Tensor, classes: int) -> Tensor | None:
-    """Assigned classes as numbers among the live ones; -1 (any) for those that live no more."""
-    if assigned is None:
-        return None
+def all_unmasked(maps: Tensor | None, live: Tensor, model: Model, same: bool) -> Tensor | None:
+    """Maps before masking for all classes: those of the live ones and zeros, or the same one for all."""
+    if maps is None or len(maps) == model.classes:
+        return maps
+    out = maps.new_zeros(model.classes, *maps.shape[1:])
+    out[slice(None) if same else live.to(out.device)] = maps
+    return out
+
+
+def at_live_classes(assigned: Tensor, live: Tensor, classes: int) -> Tensor:
+    """Class numbers (-1: any or none) as numbers among the live ones; -1 for those that live no more."""
     place = torch.full((classes + 1,), -1, dtype=torch.int64)
     place[live] = torch.arange(len(live))
     return place[assigned]  # -1 takes the last entry, which is -1
