@@ -156,6 +156,6 @@ def _columns(star: Star, block: str, labels: tuple[str, ...], path: str | os.Pat
                 f"motion again")
         return None
     try:
-        return torch.from_numpy(np.ascontiguousarray(table[list(labels)].to_numpy(dtype=float)))
+        return torch.from_numpy(np.array(table[list(labels)].to_numpy(dtype=float)))
     except ValueError:
         raise BadInput(f"{path}: data_{block} holds values that are no numbers; correct the movie's motion again") from None

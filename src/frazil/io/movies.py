@@ -131,12 +131,15 @@ def _tifffile(path: Path) -> Any:
 def _pages(path: Path) -> tuple[Any, list[Any]]:
     """(open TiffFile, its pages), checked against the length of the file."""
     tifffile = _tifffile(path)
+    file = None
     try:
         file = tifffile.TiffFile(path)
         pages = list(file.pages)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {why(error)}") from error
     except Exception as error:  # noqa: BLE001 (whatever a broken file makes tifffile raise)
+        if file is not None:
+            file.close()
+        if isinstance(error, OSError):
+            raise BadInput(f"{path}: cannot be read: {why(error)}") from error
         raise BadInput(f"{path}: is not a TIFF file, or a truncated one; copy the movie again") from error
     try:
         if not pages:

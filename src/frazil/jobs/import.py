@@ -151,11 +151,16 @@ def guess_kind(paths: list[Path]) -> Kind:
                 return kind
     if ending in (".box", ".cbox", ".txt", ".coords", ".csv"):
         return "coordinates"
-    if ending in TIFF:
-        return "movies" if open_movie(first).shape[0] > 1 else "micrographs"
-    if ending in (*MRC, ".map"):
-        n, height, width = (read_header(first).shape if ending == ".map" else open_movie(first).shape)
+    for path in paths:
+        if path.suffix.lower() not in (*TIFF, *MRC, ".map"):
+            continue
+        try:
+            n, height, width = read_header(path).shape if path.suffix.lower() == ".map" else open_movie(path).shape
+        except BadInput:
+            continue  # named when its header is read
         return "map" if n == height == width else "movies" if n > 1 else "micrographs"
+    if ending in (*TIFF, *MRC):
+        return "movies"
     raise BadInput(f"{first}: cannot be told what it is; give --kind movies, micrographs, particles, map or coordinates")
 
 
@@ -187,7 +192,7 @@ def _import_images(params: Params, run: Run, kind: str, paths: list[Path], found
         found.pixels.append(pixel)
     _compare_shapes(found)
     optics, group = _optics(params, run, kind, found)
-    _report_problems(params, run, found, bool(before))
+    group = group[_report_problems(params, run, found, bool(before))]
     if params.gain is not None:
         _gain(params, run, found)
     _write_images(params, run, kind, found, optics, group)
@@ -260,8 +265,8 @@ def _compare_shapes(found: _Found) -> None:
                     f"another group")
 
 
-def _report_problems(params: Params, run: Run, found: _Found, appending: bool) -> None:
-    """Raise BadInput with all problems, or leave the faulty files out with --skip-bad."""
+def _report_problems(params: Params, run: Run, found: _Found, appending: bool) -> list[int]:
+    """Raise BadInput with all problems, or leave the faulty files out with --skip-bad; returns the places of those that stay."""
     for problem in found.problems:
         run.warn(problem)
     if found.deferred:
@@ -276,6 +281,7 @@ def _report_problems(params: Params, run: Run, found: _Found, appending: bool) -
     if not found.names and not appending:
         later = f" ({len(found.deferred)} are too new: --settle 0 takes them)" if found.deferred else ""
         raise BadInput(f"nothing left to import{later}")
+    return keep
 
 
 def _optics(params: Params, run: Run, kind: str, found: _Found) -> tuple[dict[str, object], np.ndarray]:

@@ -59,8 +59,9 @@ class Repair:
         height, width = bad.shape
         place = torch.nonzero(bad)
         step = torch.arange(-reach, reach + 1, device=bad.device)
-        y = (place[:, 0, None, None] + step[:, None]).clamp(0, height - 1).expand(-1, len(step), len(step)).reshape(len(place), -1)
-        x = (place[:, 1, None, None] + step).clamp(0, width - 1).expand(-1, len(step), len(step)).reshape(len(place), -1)
+        around = (len(place), len(step) ** 2)
+        y = (place[:, 0, None, None] + step[:, None]).clamp(0, height - 1).expand(-1, len(step), len(step)).reshape(around)
+        x = (place[:, 1, None, None] + step).clamp(0, width - 1).expand(-1, len(step), len(step)).reshape(around)
         fine = ~bad[y, x]
         order = torch.argsort((~fine).to(torch.uint8), dim=1, stable=True)
         return Repair(place[:, 0] * width + place[:, 1], (y * width + x).gather(1, order), fine.sum(1), level, seed)

@@ -41,6 +41,7 @@ class MovieSettings:
     hot_pixels: int = 20
     dead_pixels: int = 5
     seed: int = 1
+    detector_seed: int = 1  # of gain and hot pixels: the same in all movies of a session
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def simulate_movie(source: Volume, optics: Optics, settings: MovieSettings) -> S
     slices = project_volume(source, rotation, item) if settings.particles else torch.zeros(0, box, box // 2 + 1)
     for i, ft in enumerate(slices):
         stamps[i] = torch.fft.fftshift(torch.fft.irfft2(ft * match, s=(box, box))) * box**2 * scale
+    rng = torch.Generator().manual_seed(settings.detector_seed)
     gain = torch.exp(settings.gain_sd * torch.randn(settings.height, settings.width, generator=rng))
     flat = torch.randperm(settings.height * settings.width, generator=rng)[: settings.hot_pixels + settings.dead_pixels]
     odd = torch.stack([flat % settings.width, flat // settings.width], -1)

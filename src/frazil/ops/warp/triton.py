@@ -42,17 +42,17 @@ def _warp(
         wx, wy = tl.floor(dx), tl.floor(dy)
         fx, fy = dx - wx, dy - wy
         ix, iy = x + wx.to(tl.int32), y + wy.to(tl.int32)
-        frame = frames_ptr + f.to(tl.int64) * plane
         value = tl.zeros((tile, tile), tl.float32)
         for j in tl.static_range(4):
             row = tl.minimum(tl.maximum(iy + (j - 1), 0), height - 1).to(tl.int64) * width
             part = tl.zeros((tile, tile), tl.float32)
             for i in tl.static_range(4):
                 place = row + tl.minimum(tl.maximum(ix + (i - 1), 0), width - 1)
-                part += _weight(fx, i) * tl.load(frame + place).to(tl.float32) * tl.load(gain_ptr + place)
+                part += _weight(fx, i) * tl.load(frames_ptr + place).to(tl.float32) * tl.load(gain_ptr + place)
             value += _weight(fy, j) * part
         w = tl.load(weights_ptr + k * stride_w + f, mask=held, other=0.0)
         total += w[:, None, None] * value[None, :, :]
+        frames_ptr += plane
     inside = (y < height) & (x < width)
     place = y.to(tl.int64) * width + x
     out = sums_ptr + k.to(tl.int64)[:, None, None] * plane + place[None, :, :]

@@ -1,0 +1,256 @@
+"""Motion correction on simulated movies: accuracy and time, beside RELION and torch-motion-correction where these are installed.
+
+    python bench/motion.py relion [--dose 1.2] [--movies 2]     ours and relion_run_motioncorr, the same LZW TIFF movies, one run
+    python bench/motion.py teamtomo                             ours and torch-motion-correction on one of them
+    python bench/motion.py large --device cuda                  40 frames of 4096² and of a K3: time, share of decoding (TIFF, else MRC)
+    python bench/motion.py k3-superres                          40 frames of 11,520 × 8,184: peak memory
+
+Movies are kept in --folder and used again. Errors are rms over frames, both axes together, in px, the mean over frames removed (it is
+not observable): `global` of the track against the field's mean motion, `field` of all motion at 7 × 7 points. --write appends to
+results/motion.jsonl.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from frazil.data import Optics  # noqa: E402
+from frazil.io.movie_table import read_motion  # noqa: E402
+from frazil.io.movies import open_movie, write_mrc_movie, write_tiff  # noqa: E402
+from frazil.io.mrc import write_mrc  # noqa: E402
+from frazil.maths.motion import total_shift  # noqa: E402
+from frazil.simulate.movies import MovieSettings, drift_track, local_motion, simulate_movie  # noqa: E402
+from frazil.steps.motion import MotionSettings, correct_motion  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT.parent / "shared" / "data" / "betagal_10204" / "5a1a.cif.gz"
+OPTICS = Optics(1.0)
+Row = dict[str, object]
+
+
+def movies(folder: Path, settings: list[MovieSettings]) -> list[Path]:
+    """LZW TIFF movies of β-galactosidase, made where they are not there yet, and gain.mrc beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, volume = [], None
+    for s in settings:
+        path = folder / f"dose{round(10 * s.dose):03d}_seed{s.seed}.tif"  # RELION cuts names at their first dot
+        paths.append(path)
+        if path.exists() and (folder / "gain.mrc").exists():
+            continue
+        if volume is None:
+            from frazil.io.models import density_from_model
+
+            volume = density_from_model(MODEL, 256, OPTICS.pixel_size, b_factor=30.0)
+        made = simulate_movie(volume, OPTICS, s)
+        write_tiff(path, (made.counts(f).clamp(max=255).to(torch.uint8).numpy() for f in range(s.frames)))
+        write_mrc(folder / "gain.mrc", made.gain, OPTICS.pixel_size)
+    return paths
+
+
+def errors(star: Path, s: MovieSettings) -> tuple[float, float]:
+    """(global, field) rms errors in px of the motion in a STAR file, frazil's or RELION's."""
+    found = read_motion(star)
+    line = (torch.arange(7, dtype=torch.float64) + 0.5) / 7
+    place = torch.cartesian_prod(line, line)
+    truth = -(drift_track(s)[:, None] + local_motion(s, place))
+
+    def rms(difference: torch.Tensor) -> float:
+        return float((difference - difference.mean(0)).square().sum(-1).mean().sqrt())
+
+    return rms(found.track - truth.mean(1)), rms(total_shift(found.track, found.coefficients, place) - truth)
+
+
+def timed(command: list[str], folder: Path) -> tuple[float, float]:
+    """(wall, CPU) seconds of a command run in a folder."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def write_list(folder: Path, paths: list[Path], name: str) -> None:
+    """A movies.star of these movies."""
+    rows = "\n".join(f"{p.name} 1" for p in paths)
+    (folder / name).write_text(
+        "\n# version 30001\n\ndata_optics\n\nloop_\n_rlnOpticsGroupName #1\n_rlnOpticsGroup #2\n_rlnMicrographOriginalPixelSize "
+        "#3\n_rlnVoltage #4\n"
+        f"_rlnSphericalAberration #5\n_rlnAmplitudeContrast #6\nog1 1 {OPTICS.pixel_size} 300 2.7 0.1\n\n# version "
+        f"30001\n\ndata_movies\n\nloop_\n"
+        f"_rlnMicrographMovieName #1\n_rlnOpticsGroup #2\n{rows}\n\n"
+    )
+
+
+def relion(args: argparse.Namespace) -> list[Row]:
+    """Both programs on the same movies, same patches, two threads, one after the other; then with whole programs' times."""
+    settings = [MovieSettings(dose=args.dose, seed=seed + 1) for seed in range(args.movies)]
+    paths = movies(args.folder, settings)
+    write_list(args.folder, paths, "movies.star")
+    threads, group = str(args.threads), max(1, round(4 / args.dose))
+    for name in ("relion", "frazil"):
+        shutil.rmtree(args.folder / name, ignore_errors=True)
+    ours = [sys.executable, "-m", "frazil", "motion", "movies.star", "--output", "frazil", "--dose", str(args.dose), "--gain", "gain.mrc",
+            "--threads", threads, "--quiet"]  # fmt: skip
+    theirs = ["relion_run_motioncorr", "--i", "movies.star", "--o", "relion/", "--use_own", "--j", threads,
+              "--patch_x", "5", "--patch_y", "5",
+              "--bfactor", "150", "--gainref", "gain.mrc", "--dose_weighting", "--dose_per_frame", str(args.dose), "--preexposure", "0",
+              "--grouping_for_ps", str(group)]  # fmt: skip
+    os.environ["PYTHONPATH"] = str(ROOT / "src")
+    rows: list[Row] = []
+    programs = [("frazil", ours)] + ([("relion 3.1.3 --use_own", theirs)] if shutil.which(theirs[0]) else [])
+    for name, command in programs:
+        wall, cpu = timed(command, args.folder)
+        found = [errors(args.folder / name.split()[0] / f"{p.stem}.star", s) for p, s in zip(paths, settings, strict=True)]
+        row: Row = {"what": "motion", "program": name, "dose": args.dose, "shape": [24, 2048, 2048], "movies": len(paths),
+                    "threads": args.threads,
+                    "seconds_a_movie": wall / len(paths), "cpu_seconds_a_movie": cpu / len(paths),
+                    "global_px": [round(e[0], 4) for e in found],
+                    "field_px": [round(e[1], 4) for e in found]}  # fmt: skip
+        if name == "frazil":
+            events = [json.loads(line) for line in (args.folder / "frazil" / "events.jsonl").read_text().splitlines()]
+            row["seconds_in_job"] = [e["seconds"] for e in events if e.get("event") == "movie"]
+        rows.append(row)
+    return rows
+
+
+def teamtomo(args: argparse.Namespace) -> list[Row]:
+    """torch-motion-correction's whole-frame estimate beside ours, frames in memory."""
+    from torch_motion_correction import estimate_global_motion
+
+    s = MovieSettings(dose=args.dose)
+    path = movies(args.folder, [s])[0]
+    from frazil.io.gain import read_gain
+
+    torch.set_num_threads(args.threads)
+    gain, movie = read_gain(args.folder / "gain.mrc"), open_movie(path, threads=args.threads)
+    truth = -(drift_track(s))
+    rows: list[Row] = []
+    correct_motion(movie, OPTICS, MotionSettings(patches=(1, 1), dose=s.dose), gain=gain)  # compiles
+    start, cpu = time.perf_counter(), time.process_time()
+    result = correct_motion(movie, OPTICS, MotionSettings(patches=(1, 1), dose=s.dose), gain=gain)
+    rows.append({"program": "frazil, patches 1 1, decoding and sum included", "seconds": time.perf_counter() - start,
+                 "cpu": time.process_time() - cpu,
+                 "error_px": _spread(result.track - truth)})  # fmt: skip
+    frames = movie.load(0, s.frames).float() * gain
+    start, cpu = time.perf_counter(), time.process_time()
+    field = estimate_global_motion(frames, OPTICS.pixel_size)
+    values = torch.as_tensor(getattr(field, "data", field)).detach().double().reshape(2, s.frames, -1).mean(-1).T  # (f, yx) Å
+    # Whatever its order of axes and sign: the one that agrees best.
+    both = {(sign, axes): _spread(sign * values[:, axes] / OPTICS.pixel_size - truth) for sign in (1, -1) for axes in ((0, 1), (1, 0))}
+    rows.append({"program": "torch-motion-correction, estimate only", "seconds": time.perf_counter() - start,
+                 "cpu": time.process_time() - cpu,
+                 "error_px": min(both.values())})  # fmt: skip
+    return [{"what": "motion_teamtomo", "dose": s.dose, "shape": [24, 2048, 2048], **row} for row in rows]
+
+
+def _spread(difference: torch.Tensor) -> float:
+    return float((difference - difference.mean(0)).square().sum(-1).mean().sqrt())
+
+
+def large(args: argparse.Namespace) -> list[Row]:
+    """40 frames of shifted texture in counting noise, with the answer checked; from the page cache."""
+    rows: list[Row] = []
+    for name, height, width in (("4096²", 4096, 4096), ("K3", 4092, 5760)):
+        path, truth = _texture_movie(args.folder, height, width, 40)
+        movie = open_movie(path, threads=args.threads)
+        best: dict[str, float] = {}
+        for _ in range(3):
+            start = time.perf_counter()
+            loaded = movie.load(0, 40)
+            decode = time.perf_counter() - start
+            del loaded
+            start = time.perf_counter()
+            result = correct_motion(movie, OPTICS, MotionSettings(dose=1.0), device=args.device)
+            whole = time.perf_counter() - start
+            if not best or whole < best["seconds"]:
+                best = {"seconds": whole, "decode_alone": decode}
+        error = _spread(result.track - truth)
+        assert error < 0.1, f"{name}: track off by {error:.2f} px"
+        rows.append({"what": "motion_large", "movie": name, "container": path.suffix, "shape": [40, height, width],
+                     "device": str(args.device), **best,
+                     "decode_share": best["decode_alone"] / best["seconds"], "error_px": error})  # fmt: skip
+    return rows
+
+
+def _texture_movie(folder: Path, height: int, width: int, frames: int) -> tuple[Path, torch.Tensor]:
+    """Counts of a low-passed texture that drifts by 8 px; LZW TIFF where tifffile is there, else MRC (int8)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    truth = -drift_track(MovieSettings(frames=frames))
+    try:
+        import imagecodecs  # noqa: F401
+        import tifffile  # noqa: F401
+
+        path = folder / f"texture_{width}x{height}.tif"
+    except ImportError:
+        path = folder / f"texture_{width}x{height}.mrcs"
+    if not path.exists():
+        rng = torch.Generator().manual_seed(1)
+        ft = torch.fft.rfft2(torch.randn(height, width, generator=rng))
+        ky, kx = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+        ft *= torch.exp(-(ky.square() + kx.square()) * 60)
+        scale = 0.08 / float(torch.fft.irfft2(ft, s=(height, width)).std())
+
+        def frame(f: int) -> np.ndarray:
+            x, y = (-truth[f]).tolist()
+            image = torch.fft.irfft2(ft * torch.exp(-2j * torch.pi * (kx * x + ky * y)), s=(height, width)) * scale
+            return torch.poisson((1 + image).clamp(min=0), generator=rng).clamp(max=127).to(torch.uint8).numpy()
+
+        if path.suffix == ".tif":
+            write_tiff(path, (frame(f) for f in range(frames)))
+        else:
+            write_mrc_movie(path, np.stack([frame(f).astype(np.int8) for f in range(frames)]), 1.0)
+    return path, truth
+
+
+def k3_superres(args: argparse.Namespace) -> list[Row]:
+    """Peak memory of a whole job on a 40-frame super-resolution movie, binned twice."""
+    path, truth = _texture_movie(args.folder, 8184, 11520, 40)
+    movie = open_movie(path, threads=args.threads)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    start = time.perf_counter()
+    result = correct_motion(movie, Optics(0.5), MotionSettings(dose=1.0, bin=2), device=args.device)
+    return [{"what": "motion_k3_superres", "shape": list(movie.shape), "seconds": time.perf_counter() - start, "peak_gb_before": before,
+             "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "error_px": _spread(result.track - truth)}]  # fmt: skip
+
+
+def main() -> None:
+    """Run one of the benches and print, with --write also append, its rows."""
+    works = {"relion": relion, "teamtomo": teamtomo, "large": large, "k3-superres": k3_superres}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=works)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/frazil-bench-motion"))
+    parser.add_argument("--dose", type=float, default=1.2)
+    parser.add_argument("--movies", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    described = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    commit = described.stdout.strip()
+    cpu = f"{platform.processor() or platform.machine()} x{args.threads}"
+    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu
+    for row in works[args.work](args):
+        full = {"commit": commit, "machine": machine, "load": os.getloadavg()[0], **row}
+        print(json.dumps(full), flush=True)
+        if args.write:
+            with open(ROOT / "bench" / "results" / "motion.jsonl", "a") as file:
+                file.write(json.dumps(full) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""frazil import: STAR files, headers checked all at once, optics groups, gains, later imports."""
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from frazil.cli import main
+from frazil.io.movie_table import read_movies
+from frazil.io.movies import write_mrc_movie, write_tiff
+from frazil.io.mrc import read_mrc, write_mrc
+from frazil.io.star import read_star
+
+
+def movie(path: str, rng: np.random.Generator, size: tuple[int, int] = (40, 48), gain: np.ndarray | None = None, mean: float = 3.0) -> None:
+    rate = np.full(size, mean) if gain is None else mean / gain
+    write_tiff(path, rng.poisson(rate, (4, *size)).astype(np.uint8))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, np_rng: np.random.Generator) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("Movies").mkdir()
+    for number in (1, 2, 10):
+        movie(f"Movies/m_{number}.tif", np_rng)
+    return tmp_path
+
+
+def imported(*options: str, output: str = "out") -> int:
+    return main(["import", *options, "--output", output, "--quiet", "--settle", "0"])
+
+
+def test_movies_in_natural_order(project: Path) -> None:
+    options = ["Movies/*.tif", "--pixel-size", "0.885", "--voltage", "200", "--cs", "1.4", "--beam-tilt", "0.1", "-0.2"]
+    assert imported(*options) == 0
+    table = read_movies("out/movies.star")
+    assert table.names == ("Movies/m_1.tif", "Movies/m_2.tif", "Movies/m_10.tif")
+    assert (table.optics[0].pixel_size, table.optics[0].voltage, table.optics[0].cs) == (0.885, 200, 1.4)
+    assert table.optics_table["rlnBeamTiltY"].tolist() == ["-0.2"]
+
+
+def test_all_problems_at_once(project: Path, np_rng: np.random.Generator, capsys) -> None:
+    Path("Movies/cut.tif").write_bytes(Path("Movies/m_1.tif").read_bytes()[:1500])
+    movie("Movies/odd.tif", np_rng, (41, 48))
+    Path("Movies/x.mdoc").write_bytes(b"\xff\xfe\x00")
+    assert imported("Movies/*", "--pixel-size", "1.2") == 2
+    said = capsys.readouterr().err
+    for part in ("3 problems", "cut.tif: truncated", "odd.tif: 48 x 41 px, most are 48 x 40", "x.mdoc: is not a text file"):
+        assert part in said
+    assert imported("Movies/*", "--pixel-size", "1.2", "--skip-bad") == 0
+    assert len(read_movies("out/movies.star").names) == 3
+
+
+def test_later_imports_add_what_is_new(project: Path, np_rng: np.random.Generator, capsys) -> None:
+    assert imported("Movies/*.tif", "--pixel-size", "1.2", "--optics-group", "first") == 0
+    movie("Movies/m_3.tif", np_rng)
+    options = ["Movies/*.tif", "--append", "out/movies.star"]
+    assert imported(*options, "--pixel-size", "1.2", "--optics-group", "first", output="two") == 0
+    table = read_movies("two/movies.star")
+    assert table.names[3:] == ("Movies/m_3.tif",) and len(table.optics) == 1
+    assert imported(*options, "--pixel-size", "1.2", "--optics-group", "second", output="three") == 2
+    assert "is in out/movies.star already, as first" in capsys.readouterr().err
+    assert imported("Movies/m_3.tif", *options[1:], "--pixel-size", "1.3", "--optics-group", "first", output="four") == 2
+    assert "has _rlnMicrographOriginalPixelSize 1.2, not 1.3" in capsys.readouterr().err
+    assert imported("Movies/m_3.tif", *options[1:], "--pixel-size", "1.3", "--optics-group", "second", output="five") == 0
+    five = read_movies("five/movies.star")
+    assert five.group.tolist() == [0, 0, 0, 1] and five.optics[1].pixel_size == 1.3
+
+
+def test_growing_files_wait(project: Path, capsys) -> None:
+    old = time.time() - 100
+    os.utime("Movies/m_1.tif", (old, old))
+    assert main(["import", "Movies/*.tif", "--pixel-size", "1", "--output", "out", "--quiet"]) == 0
+    assert read_movies("out/movies.star").names == ("Movies/m_1.tif",)
+    assert main(["import", "Movies/m_2.tif", "--pixel-size", "1", "--output", "new", "--quiet"]) == 2
+    assert "too new" in capsys.readouterr().err
+
+
+def test_mdoc_gives_optics_and_beam_shift_groups(project: Path, np_rng: np.random.Generator) -> None:
+    for number in range(12):
+        x, y = (number % 2) * 5.0, (number % 3) * 5.0
+        movie(f"Movies/s_{number}.tif", np_rng)
+        text = (f"Voltage = 200\n[FrameSet = 0]\nPixelSpacing = 0.83\nImageShift = {x + 0.01 * number} {y}\nSubFramePath = "
+            f"X:\\data\\s_{number}.tif\n"
+                "NumSubFrames = 4\nFrameDosesAndNumber = 1.5 4\n")  # fmt: skip
+        Path(f"Movies/s_{number}.tif.mdoc").write_text(text)
+    assert imported("Movies/*.mdoc", "--beam-shift-groups") == 0
+    table = read_movies("out/movies.star")
+    assert len(table.optics) == 6 and {o.pixel_size for o in table.optics} == {0.83} and table.optics[0].voltage == 200
+    assert table.group[0] == table.group[6] and "recorded dose 6.0" in Path("out/log.txt").read_text()
+    assert imported("Movies/m_1.tif", "--pixel-size", "1", "--beam-shift-groups", output="none") == 2
+
+
+def test_gain_is_turned_to_fit(project: Path, rng: torch.Generator, np_rng: np.random.Generator) -> None:
+    gain = torch.exp(0.1 * torch.randn(128, 128, generator=rng))
+    for number in (1, 2, 10):
+        movie(f"Movies/m_{number}.tif", np_rng, (128, 128), gain.numpy(), 10.0)
+    write_mrc("given.mrc", torch.rot90(gain, 1, (0, 1)), 1.0)
+    assert imported("Movies/*.tif", "--pixel-size", "1", "--gain", "given.mrc") == 0
+    assert torch.equal(read_mrc("out/gain.mrc").data[0], gain)
+    assert "rotation 3, flip 0" in Path("out/log.txt").read_text()
+
+
+def test_micrographs_maps_and_coordinates(project: Path, rng: torch.Generator) -> None:
+    write_mrc("mic_1.mrc", torch.randn(64, 80, generator=rng), 1.7)
+    assert imported("mic_1.mrc") == 0
+    star = read_star("out/micrographs.star")
+    assert star["micrographs"]["rlnMicrographName"][0] == "mic_1.mrc" and star["optics"]["rlnMicrographPixelSize"][0] == pytest.approx(1.7)
+    write_mrc("map.mrc", torch.randn(16, 16, 16, generator=rng), 2.0)
+    assert imported("map.mrc", output="m") == 0 and Path("m/map.mrc").read_bytes() == Path("map.mrc").read_bytes()
+    Path("mic_1.box").write_text("10 20 40 40\n0 4 20 20\n")
+    assert imported("mic_1.box", "--micrographs", "out/micrographs.star", output="c") == 0
+    row = read_star("c/coordinates.star")["coordinate_files"].iloc[0]
+    found = read_star(row["rlnMicrographCoordinates"])
+    table = next(iter(found.values()))
+    assert row["rlnMicrographName"] == "mic_1.mrc"
+    assert table["rlnCoordinateX"].tolist() == [30, 10] and table["rlnCoordinateY"].tolist() == [40, 14]
+
+
+@pytest.mark.real
+def test_real_particles(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(shared_data / "formats")
+    assert imported("relion31.star", output=str(tmp_path / "out")) == 0
+    assert len(read_star(tmp_path / "out" / "particles.star")["particles"]) == 5
+
+
+def test_what_is_refused(project: Path, capsys, tmp_path_factory) -> None:
+    outside = tmp_path_factory.mktemp("elsewhere")
+    write_mrc_movie(outside / "a.mrcs", np.ones((3, 32, 36), np.int8), 1.3)
+    for options, said in (
+        (["none*.tif"], "no such file"),
+        (["Movies/m_1.tif"], "--pixel-size: neither"),
+        (["Movies/m_1.tif", "--pixel-size", "1", "--optics-group", "a b"], "other characters"),
+        ([str(outside / "a.mrcs")], "lies outside this folder"),
+        (["Movies/m_1.tif", "--pixel-size", "1", "--kind", "particles"], ""),
+    ):
+        assert imported(*options) == 2
+        assert said in capsys.readouterr().err
+    assert imported(str(outside / "a.mrcs"), "--link") == 0
+    assert read_movies("out/movies.star").file(0).resolve() == (outside / "a.mrcs").resolve()

@@ -1,0 +1,158 @@
+"""frazil motion: files, labels, resume, bad movies, gains that do not fit."""
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from frazil.cli import main
+from frazil.io.eer import events_of, write_eer
+from frazil.io.micrographs import read_micrographs
+from frazil.io.movie_table import read_motion
+from frazil.io.movies import write_mrc_movie, write_tiff
+from frazil.io.mrc import read_header, read_mrc, write_mrc
+from frazil.io.star import read_star, write_star
+from frazil.jobs.motion_report import flags
+
+SIZE, FRAMES = (160, 192), 6
+
+
+def frames(seed: int, gain: torch.Tensor | None = None) -> np.ndarray:
+    """Counts of a texture that drifts by half a pixel a frame."""
+    rng = torch.Generator().manual_seed(seed)
+    ft = torch.fft.rfft2(torch.randn(SIZE, generator=rng))
+    ky, kx = torch.fft.fftfreq(SIZE[0])[:, None], torch.fft.rfftfreq(SIZE[1])[None]
+    ft = ft * torch.exp(-(ky.square() + kx.square()) * 100)
+    scale = 0.3 / float(torch.fft.irfft2(ft, s=SIZE).std())
+    out = []
+    for f in range(FRAMES):
+        image = 1 + scale * torch.fft.irfft2(ft * torch.exp(-2j * torch.pi * kx * 0.5 * f), s=SIZE)
+        rate = 12 * image.clamp(min=0)
+        out.append(torch.poisson(rate if gain is None else rate / gain, generator=rng))
+    return torch.stack(out).to(torch.uint8).numpy()
+
+
+def listed(names: list[str], group: int = 1) -> None:
+    optics = pd.DataFrame({"rlnOpticsGroupName": ["a"], "rlnOpticsGroup": [1], "rlnMicrographOriginalPixelSize": [1.1],
+                           "rlnVoltage": [200.0],
+                           "rlnSphericalAberration": [1.4], "rlnAmplitudeContrast": [0.1]})  # fmt: skip
+    write_star("movies.star", {"optics": optics, "movies": pd.DataFrame({"rlnMicrographMovieName": names, "rlnOpticsGroup": group})})
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Movies/a.tif, b.mrcs, c.eer and movies.star in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Movies").mkdir()
+    write_tiff("Movies/a.tif", frames(1))
+    write_mrc_movie("Movies/b.mrcs", frames(2).astype(np.int16), 1.1)
+    listed(["Movies/a.tif", "Movies/b.mrcs"])
+    return tmp_path
+
+
+COMMAND = ["motion", "movies.star", "--output", "out", "--dose", "2", "--patches", "1", "1", "--spectrum-size", "64", "--quiet"]
+
+
+def test_files_and_labels(project: Path) -> None:
+    assert main([*COMMAND, "--bin", "2", "--even-odd"]) == 0
+    table = read_micrographs("out/corrected_micrographs.star")
+    assert table.names == ("out/Movies/a.mrc", "out/Movies/b.mrc") and table.optics[0].pixel_size == pytest.approx(2.2)
+    row = table.table.iloc[0]
+    for label in ("rlnCtfPowerSpectrum", "rlnMicrographNameEven", "rlnMicrographNameOdd", "rlnMicrographMetadata"):
+        assert Path(row[label]).exists()
+    assert read_header("out/Movies/a.mrc").shape == (1, 80, 96)
+    assert float(row["rlnAccumMotionTotal"]) == pytest.approx(5 * 0.5 * 1.1, abs=0.5)  # Å, not px
+    assert float(row["rlnAccumMotionEarly"]) + float(row["rlnAccumMotionLate"]) == pytest.approx(float(row["rlnAccumMotionTotal"]))
+    record = read_motion("out/Movies/a.star")
+    assert record.general["rlnImageSizeX"] == 192 and record.general["rlnMicrographBinning"] == 2
+    assert (record.track[:, 0] - -0.5 * torch.arange(6)).abs().max() < 0.3 and record.coefficients is None
+    star = read_star("out/Movies/a.star")
+    assert list(star["global_shift"]["rlnMicrographFrameNumber"]) == [1, 2, 3, 4, 5, 6] and star["general"]["rlnMotionModelVersion"] == 0
+    assert "Motion by frame" in Path("out/report.html").read_text()
+
+
+def test_resume_redoes_what_is_missing_or_half_written(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from frazil.jobs import motion
+
+    assert main(COMMAND) == 0
+    good = read_mrc("out/Movies/a.mrc").data
+    Path("out/Movies/a.mrc").write_bytes(Path("out/Movies/a.mrc").read_bytes()[:5000])
+    state = Path("out/state.json")
+    state.write_text(state.read_text().replace('"done"', '"stopped"'))
+    done = []
+    work = motion._correct
+    monkeypatch.setattr(motion, "_correct", lambda job, index, *rest: done.append(index) or work(job, index, *rest))
+    assert main([*COMMAND, "--resume"]) == 0
+    assert done == [0] and torch.equal(read_mrc("out/Movies/a.mrc").data, good)
+
+
+def test_dead_movies_are_listed_and_the_job_succeeds(project: Path, capsys) -> None:
+    write_tiff("Movies/zero.tif", np.zeros((4, 40, 40), np.uint8))
+    Path("Movies/cut.tif").write_bytes(Path("Movies/a.tif").read_bytes()[:9000])
+    listed(["Movies/a.tif", "Movies/zero.tif", "Movies/cut.tif", "Movies/gone.tif"])
+    assert main(COMMAND) == 0
+    log, report = Path("out/log.txt").read_text(), Path("out/report.html").read_text()
+    for name, said in (("zero.tif", "same value"), ("cut.tif", "truncated"), ("gone.tif", "no such file")):
+        assert f"Movies/{name}" in log and said in log and name in report
+    assert len(read_micrographs("out/corrected_micrographs.star")) == 1
+    listed(["Movies/zero.tif"])
+    assert main([*COMMAND[:3], "other", *COMMAND[4:]]) == 2
+    assert "none of its 1 movies" in capsys.readouterr().err
+
+
+def test_a_turned_gain_is_named(project: Path, capsys, rng: torch.Generator) -> None:
+    gain = torch.exp(0.1 * torch.randn(SIZE, generator=rng))
+    write_tiff("Movies/a.tif", frames(1, gain))
+    listed(["Movies/a.tif"])
+    write_mrc("right.mrc", gain, 1.0)
+    write_mrc("wrong.mrc", gain.flip(0), 1.0)
+    write_mrc("counts.mrc", 1 / gain, 1.0)
+    write_mrc("small.mrc", gain[:80], 1.0)
+    for name, said in (("wrong.mrc", "--gain-rotation 0 --gain-flip 1 does"), ("counts.mrc", "holds counts"), ("small.mrc", "frames of "
+        "192 x 160")):
+        assert main([*COMMAND, "--gain", name]) == 2
+        assert said in capsys.readouterr().err
+    assert main([*COMMAND, "--gain", "wrong.mrc", "--gain-flip", "1"]) == 0
+    flat = read_mrc("out/Movies/a.mrc").data
+    assert main([*COMMAND[:3], "plain", *COMMAND[4:]]) == 0
+    assert flat.std() < read_mrc("plain/Movies/a.mrc").data.std()
+
+
+def test_eer_with_a_note_on_what_is_left_over(project: Path, np_rng: np.random.Generator) -> None:
+    side = 64
+    pattern = 0.3 + 0.2 * np.sin(np.arange(side) / 3)[None] * np.cos(np.arange(side) / 4)[:, None]
+    data = [b for _ in range(5) for b in events_of(np.minimum(np_rng.poisson(8 * pattern), 20), 20, np_rng)]
+    data += events_of(np.zeros((side, side), int), 1, np_rng)
+    write_eer("Movies/c.eer", data, (side, side))
+    listed(["Movies/c.eer"])
+    options = ["--dose", "0.1", "--patches", "1", "1", "--spectrum-size", "0", "--quiet", "--eer-grouping", "20", "--eer-upsampling", "2"]
+    assert main([*COMMAND[:4], *options]) == 0
+    assert read_header("out/Movies/c.mrc").shape == (1, 128, 128)
+    general = read_motion("out/Movies/c.star").general
+    assert general["rlnEERUpsampling"] == 2 and general["rlnEERGrouping"] == 20 and general["rlnMicrographDoseRate"] == pytest.approx(2.0)
+    assert "the last 1 of 101 camera frames" in Path("out/log.txt").read_text()
+
+
+def test_what_is_refused(project: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed(["Movies/a.tif"], group=7)
+    assert main(COMMAND) == 2 and "optics group 7 is not in data_optics" in capsys.readouterr().err
+    listed(["Movies/a.tif", "Movies/a.mrc"])
+    assert main(COMMAND) == 2 and "would both become" in capsys.readouterr().err
+    listed(["Movies/a.tif"])
+    assert main([*COMMAND, "--patches", "0", "5"]) == 2
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("frazil.io.mrc._new_file", full)
+    assert main([*COMMAND, "--device", "cpu"]) == 2  # a full disk ends the job, it is no fault of the movie
+    assert "the disk is full" in capsys.readouterr().err
+
+
+def test_flags() -> None:
+    total = np.array([10.0, 11, 9, 10.5, 9.5, 80])
+    assert flags(total).tolist() == [False] * 5 + [True]
