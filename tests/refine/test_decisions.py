@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from frazil.maths import sphere
 from frazil.maths.fourier import half_volume_radii
 from frazil.maths.rotation import random_rotations, rotation_angle
 from frazil.maths.symmetry import operators
 from frazil.refine.convergence import Progress, coarse_window, first_below, next_sampling, resolution_shell_of, window_size
 from frazil.refine.maximization import averages, fsc_of_averages, gold_standard_spectra, wiener
-from frazil.refine.sampling import Sampling, make_grid, neighbours
+from frazil.refine.sampling import Sampling, _near_by_products, _near_by_tree, make_grid, neighbours
 
 
 @pytest.mark.parametrize("group", ["C1", "D2", "O"])
@@ -100,3 +101,17 @@ def test_fsc_of_averages_is_one_for_equal_and_none_for_independent_sums(rng: tor
     a, b = averages(draw(), weight, 2.0), averages(draw(), weight, 2.0)
     assert torch.allclose(fsc_of_averages(a, a, 32), torch.ones(17, dtype=torch.float64))
     assert float(fsc_of_averages(a, b, 32)[5:].abs().max()) < 0.15
+
+
+def test_neighbours_by_products_are_those_by_tree(rng: torch.Generator) -> None:
+    """What a GPU does, on the CPU: the same pairs, also where a particle has no direction in reach."""
+    grid = make_grid(Sampling(order=3, offset_range=0, offset_step=1, group="D2", sigma=2.0))
+    vectors = sphere.direction_vectors(grid.table[grid.pixels])
+    mates = torch.einsum("nij,gjk->ngik", random_rotations(40, rng), operators("D2"))
+    views = mates[:, :, 2].reshape(-1, 3)
+    for reach in (6.0, 1.0):
+        pairs = []
+        for find in (_near_by_tree, _near_by_products):
+            view, direction = find(vectors, views, 4, reach)
+            pairs.append(sorted(zip(view.tolist(), direction.tolist(), strict=True)))
+        assert pairs[0] == pairs[1]

@@ -107,7 +107,7 @@ def test_batches_do_not_show(rng: torch.Generator) -> None:
 def test_the_cross_correlation_mode_takes_one_sample(rng: torch.Generator) -> None:
     images, particles, model = problem(rng)
     grid = make_grid(Sampling(order=1, offset_range=8, offset_step=4))
-    statistics, poses, _ = expectation(images, particles, model, grid, Engine(diameter=44, dtype=torch.float64), (12, 8), cc=True)
+    statistics, poses, _ = expectation(images, particles, model, grid, Engine(diameter=44, dtype=torch.float64, cc=True), (12, 8))
     assert torch.equal(poses.pmax, torch.ones(N, dtype=torch.float64)) and float(statistics.direction.sum()) == pytest.approx(N)
 
 
@@ -121,3 +121,20 @@ def test_a_tick_that_raises_stops_the_step(rng: torch.Generator) -> None:
         expectation(
             images, particles, model, make_grid(Sampling(order=1, offset_range=4, offset_step=4)), Engine(diameter=44), (12, 8), tick=stop
         )
+
+
+def test_an_image_that_is_not_a_number_keeps_its_pose_and_counts_for_nothing(rng: torch.Generator, caplog) -> None:
+    """Spec 2.7: such a particle is counted and named; the sums are those of the others."""
+    images, particles, model = problem(rng)
+    engine = Engine(diameter=44, mask_edge=2, dtype=torch.float64)
+    grid = make_grid(Sampling(order=1, offset_range=8, offset_step=4, factor=0.0))
+    spoilt = images[torch.arange(N)].clone()
+    spoilt[2] = torch.nan
+    others = torch.tensor([0, 1, 3, 4, 5])
+    found, poses, _ = expectation(Stored(spoilt), particles, model, grid, engine, (12, 8))
+    clean, _, _ = expectation(Stored(spoilt[others]), particles[others], model, grid, engine, (12, 8))
+    assert "1 particles have no orientation" in caplog.text
+    torch.testing.assert_close(poses.rotation[2], particles.rotation[2])
+    torch.testing.assert_close(found.sigma2[0], clean.sigma2[0])
+    torch.testing.assert_close(found.data, clean.data)
+    assert poses.pmax[2] == 0 and poses.significant[2] == 0

@@ -33,7 +33,13 @@ def sinc2(
     kind "radial": sinc²(|x|/(P N)); "separable": the exact product of sinc²(x_i/(P N)). sinc(x) = sin(πx)/(πx).
     """
     if kind == "radial":
-        return torch.sinc(radii(box, dims, device, torch.float64) / (pad * box)).square().to(dtype)
+        # Some planes at a time in double precision: a box of 400 px would take 1.5 GB at once.
+        line = (torch.arange(box, device=device, dtype=torch.float64) - box // 2).square()
+        plane, out = radii(box, dims - 1, device, torch.float64).square(), torch.empty((box,) * dims, device=device, dtype=dtype)
+        for rows in torch.arange(box).split(max(1, (1 << 23) // plane.numel())):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            out[part] = torch.sinc((line[part].view(-1, *(1,) * (dims - 1)) + plane).sqrt() / (pad * box)).square()
+        return out
     if kind == "separable":
         line = torch.sinc((torch.arange(box, device=device, dtype=torch.float64) - box // 2) / (pad * box)).square()
         out = line

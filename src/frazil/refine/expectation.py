@@ -90,19 +90,18 @@ def expectation(
     engine: Engine,
     sizes: tuple[int, int],
     *,
-    cc: bool = False,
     assigned: Tensor | None = None,
     tick: Callable[[int], None] = lambda done: None,
 ) -> tuple[Statistics, Poses, dict[str, float]]:
     """One E-step over all of `particles` (one half set, or all).
 
-    images[i] are the pixels of particle i; sizes = (n_c, n_0), window sides of the fine and the coarse pass; cc: the cross-correlation
-    mode of a first iteration (spec 2.8); assigned (n,) int64: the only class each particle may belong to (spec 2.3). `tick` is called
-    with the number of particles done after every batch and may raise to stop.
+    images[i] are the pixels of particle i; sizes = (n_c, n_0), window sides of the fine and the coarse pass; assigned (n,) int64: the
+    only class each particle may belong to (spec 2.3). `tick` is called with the number of particles done after every batch and may
+    raise to stop.
     Returns the sums, the poses in the order of `particles`, and seconds by phase.
     """
     clock = Clock(engine.device, engine.timed)
-    step = make_pass(model, grid, engine, sizes, cc, clock)
+    step = make_pass(model, grid, engine, sizes, clock)
     poses = Poses.empty(len(particles))
     sums: Sums | None = None
     done = lost = 0
@@ -183,7 +182,7 @@ def run_batch(step: Pass, group: Group, batch: Batch, only: int | None, sums: Su
         coarse, log_orientation = coarse_local(step, group, batch.particles, index, batch.y, batch.q, batch.old, only)
         left_out = None
     with step.clock("thresholds"):
-        if step.cc:
+        if step.engine.cc:
             log_orientation = torch.zeros_like(log_orientation)
         else:
             keep = significant(coarse.image, coarse.value, len(index), engine.fraction, engine.max_significant, left_out).keep
@@ -297,11 +296,11 @@ def add_statistics(step: Pass, group: Group, fine: Fine, gamma: Tensor, per_imag
     total = torch.zeros(n, dtype=torch.float64, device=at).index_add_(0, fine.image, each_entry)
     n_shells = w.window_power.shape[1]
     beyond = w.power[:, n_shells:]
-    some = (total > 0).double()[:, None]
+    lost = (total == 0)[:, None]  # perhaps because their pixels are not numbers
     # The window's last shell lacks the pixels at ky = −n_c/2; the model is zero there, so whole shells are exact. RELION sums the window.
     power = w.window_power if step.engine.relion_form else w.power[:, :n_shells]
-    sums.sigma2[g][:n_shells] += (power * total[:, None]).sum(0)
-    sums.sigma2[g][n_shells:] += (beyond * some).sum(0)
+    sums.sigma2[g][:n_shells] += (power * total[:, None]).masked_fill(lost, 0).sum(0)
+    sums.sigma2[g][n_shells:] += beyond.masked_fill(lost, 0).sum(0)
     sums.sigma2_weight[g] += total.sum()
     orientation = fine.slices.orientation[:: grid.children][fine.orientation]
     klass = orientation // grid.orientations
@@ -323,7 +322,7 @@ def add_statistics(step: Pass, group: Group, fine: Fine, gamma: Tensor, per_imag
 
 def log_likelihood(step: Pass, group: Group, batch: Batch, log_norm: Tensor) -> Tensor:
     """(b,) float64 log Σ w with the terms common to all hypotheses: −½ Σ|X|²/σ² − Σ log 2πσ² over the window's pixels."""
-    if step.cc:
+    if step.engine.cc:
         return log_norm.double()
     power = batch.windows.window_power
     sigma2 = step.model.sigma2[group.number].to(power)[1 : power.shape[1]]

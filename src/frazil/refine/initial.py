@@ -49,7 +49,7 @@ def initial_noise(images: Images, particles: Particles, model: tuple[int, float]
         shells = stored_shells(optics.box)
         power = torch.zeros(shells.shape, dtype=torch.float64, device=engine.device)
         mean = torch.zeros(shells.shape, dtype=torch.complex128, device=engine.device)
-        for index in members.split(max(1, (1 << 25) // optics.box**2)):
+        for index in members.split(max(1, (1 << 22) // optics.box**2)):
             x = images[index].to(engine.device).double()
             if engine.correct_norm:
                 x = x * (particles.norm.mean() / particles.norm[index]).to(x)[:, None, None]

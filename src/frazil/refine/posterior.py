@@ -25,7 +25,7 @@ class Posterior:
 def posterior(step: Pass, fine: Fine, n: int) -> Posterior:
     """Γ = w / Σ w of every fine sample; those outside the smallest set that holds the wanted fraction become 0 (the sum stays whole)."""
     found = significant(fine.image, fine.value.reshape(len(fine.value), -1), n, step.engine.fraction)
-    if step.cc:  # the single best sample has Γ = 1 (spec 2.8)
+    if step.engine.cc:  # the single best sample has Γ = 1 (spec 2.8)
         best = found.best[found.best >= 0]
         gamma = torch.zeros_like(fine.value)
         gamma.view(-1)[best] = 1

@@ -182,29 +182,18 @@ def neighbours(grid: Grid, prior: Tensor, reference_form: bool = False) -> Neigh
     sigma = grid.sampling.sigma
     if sigma is None:
         raise ValueError("neighbours needs a sampling with a local prior (sigma)")
-    mates = torch.einsum("nij,gjk->ngik", prior, operators(grid.sampling.group))
+    mates = torch.einsum("nij,gjk->ngik", prior, operators(grid.sampling.group).to(prior))
     n, g = mates.shape[:2]
     kept = grid.table[grid.pixels]
-    vectors = sphere.direction_vectors(kept)
-    tree = KDTree(vectors.numpy())
-    views = mates[:, :, 2].reshape(-1, 3)
-    reach = 2 * np.sin(np.radians(min(3 * sigma, 180.0)) / 2)
-    lists = tree.query_ball_point(views.numpy(), reach, workers=torch.get_num_threads())
-    counts = np.fromiter((len(x) for x in lists), np.int64, len(lists))
-    missing = np.nonzero(counts.reshape(n, g).sum(1) == 0)[0]
-    for i in missing:  # nothing in reach: the single nearest direction over all mates
-        distance, nearest = tree.query(mates[i, :, 2].numpy())
-        best = int(np.argmin(distance))
-        lists[i * g + best] = [int(np.atleast_1d(nearest)[best])]
-        counts[i * g + best] = 1
-    mate = torch.repeat_interleave(torch.arange(n * g), torch.from_numpy(counts))
-    direction = torch.from_numpy(np.concatenate([np.asarray(x, np.int64) for x in lists]))
+    vectors, views = sphere.direction_vectors(kept), mates[:, :, 2].reshape(-1, 3)
+    find = _near_by_products if prior.is_cuda else _near_by_tree
+    mate, direction = find(vectors, views, g, min(3 * sigma, 180.0))
     image = mate // g
     cosine = (views[mate] * vectors[direction]).sum(-1).clamp(-1, 1)
     delta = torch.rad2deg(torch.acos(cosine))
 
     rot_tilt = kept[direction]
-    untwisted = euler_to_matrix(torch.cat([rot_tilt, torch.zeros(len(direction), 1, dtype=torch.float64)], -1))
+    untwisted = euler_to_matrix(torch.cat([rot_tilt, torch.zeros_like(rot_tilt[:, :1])], -1))
     target = mates.reshape(-1, 3, 3)[mate]
     if reference_form:
         original = prior[image]
@@ -216,11 +205,41 @@ def neighbours(grid: Grid, prior: Tensor, reference_form: bool = False) -> Neigh
     return _with_psi(grid, image, direction, delta, psi0, n, sigma)
 
 
+def _near_by_tree(vectors: Tensor, views: Tensor, group: int, reach: float) -> tuple[Tensor, Tensor]:
+    """(view, direction) pairs within `reach` degrees; where none of `group` consecutive views has one, the nearest pair of theirs."""
+    tree = KDTree(vectors.numpy())
+    lists = tree.query_ball_point(views.numpy(), 2 * np.sin(np.radians(reach) / 2), workers=torch.get_num_threads())
+    counts = np.fromiter((len(x) for x in lists), np.int64, len(lists))
+    missing = np.nonzero(counts.reshape(-1, group).sum(1) == 0)[0]
+    for i in missing:
+        distance, nearest = tree.query(views[i * group : (i + 1) * group].numpy())
+        best = int(np.argmin(distance))
+        lists[i * group + best] = [int(np.atleast_1d(nearest)[best])]
+        counts[i * group + best] = 1
+    found = torch.repeat_interleave(torch.arange(len(views)), torch.from_numpy(counts))
+    return found, torch.from_numpy(np.concatenate([np.asarray(x, np.int64) for x in lists]))
+
+
+def _near_by_products(vectors: Tensor, views: Tensor, group: int, reach: float) -> tuple[Tensor, Tensor]:
+    """The same from all cosines, some views at a time: on a GPU quicker than any tree."""
+    least, found = float(np.cos(np.radians(reach))), []
+    chunk = max(1, (1 << 24) // (len(vectors) * group)) * group  # the views of an image stay together
+    for start in range(0, len(views), chunk):
+        cosine = views[start : start + chunk] @ vectors.T
+        near = cosine >= least
+        of_image = cosine.view(-1, group * len(vectors))
+        lonely = torch.nonzero(~near.view(len(of_image), -1).any(1))[:, 0]
+        near.view(len(of_image), -1)[lonely, of_image[lonely].argmax(1)] = True
+        view, direction = torch.nonzero(near, as_tuple=True)
+        found.append((view + start, direction))
+    return torch.cat([view for view, _ in found]), torch.cat([direction for _, direction in found])
+
+
 def _with_psi(grid: Grid, image: Tensor, direction: Tensor, delta: Tensor, psi0: Tensor, n: int, sigma: float) -> Neighbours:
     """Cross directions (per image) with the in-plane angles within 3σ of psi0; weights, duplicates merged, normalised."""
     step = 360.0 / grid.n_psi
     reach = max(0, int(np.floor(3 * sigma / step)) + 1)
-    ladder = torch.arange(-reach, reach + 1)
+    ladder = torch.arange(-reach, reach + 1, device=psi0.device)
     nearest = torch.floor(psi0 / step + 0.5).long()
     index = nearest[:, None] + ladder
     twist = index * step - psi0[:, None]
@@ -231,7 +250,7 @@ def _with_psi(grid: Grid, image: Tensor, direction: Tensor, delta: Tensor, psi0:
     key = orientation[near] * n + flat_image
     # The same orientation through two mates (near a symmetry axis) counts once, with the larger weight.
     unique, where = torch.unique(key, return_inverse=True)
-    log_prior = torch.full((len(unique),), -torch.inf, dtype=torch.float64).scatter_reduce(0, where, weight[near], "amax")
+    log_prior = weight.new_full((len(unique),), -torch.inf).scatter_reduce(0, where, weight[near], "amax")
     image_of = unique % n
-    total = torch.zeros(n, dtype=torch.float64).index_add_(0, image_of, log_prior.exp())
+    total = weight.new_zeros(n).index_add_(0, image_of, log_prior.exp())
     return Neighbours(image_of, unique // n, log_prior - total[image_of].log())

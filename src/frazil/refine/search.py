@@ -40,11 +40,9 @@ class Pass:
     model: Model
     volumes: Tensor  # (K, …) half volumes (2D: half planes) of the references
     grid: Grid  # on the engine's device
-    host: Grid  # the same in main memory
     engine: Engine
     size: int  # n_c
     coarse_size: int  # n_0
-    cc: bool  # cross-correlation instead of the likelihood
     clock: Clock
     log_direction: Tensor  # (K, directions) log of the prior, on the device
     offset: Tensor  # (K or 1, 2) Å: centre of the shift prior of each class
@@ -93,7 +91,7 @@ def reference_volumes(model: Model, size: int, engine: Engine) -> Tensor:
     return out
 
 
-def make_pass(model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], cc: bool, clock: Clock) -> Pass:
+def make_pass(model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], clock: Clock) -> Pass:
     """A pass over a grid with a model; transforms the references."""
     with clock("reference"):
         volumes = reference_volumes(model, sizes[0], engine)
@@ -102,7 +100,7 @@ def make_pass(model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], 
     if grid.sampling.sigma is not None:
         prior = model.pdf_class[:, None].expand(-1, grid.directions)
     log_direction = prior.log().to(device=engine.device, dtype=engine.dtype)
-    return Pass(model, volumes, grid.to(engine.device), grid, engine, *sizes, cc, clock, log_direction, offset.to(engine.device))
+    return Pass(model, volumes, grid.to(engine.device), engine, *sizes, clock, log_direction, offset.to(engine.device))
 
 
 def make_group(step: Pass, number: int, frame: Frame, plan: Plan) -> Group:
@@ -110,7 +108,7 @@ def make_group(step: Pass, number: int, frame: Frame, plan: Plan) -> Group:
     engine, grid = step.engine, step.grid
     p = frame.coarse_inside(step.coarse_size)
     inverse = 1.0 / step.model.sigma2[number].to(engine.device)[frame.pixels.shell[: frame.inside]]
-    likelihood = torch.ones_like(inverse) if step.cc else inverse.clone()
+    likelihood = torch.ones_like(inverse) if step.engine.cc else inverse.clone()
     likelihood[0] = 0.0  # r = 0 says nothing (spec 1.1)
     group = Group(
         number=number,
@@ -125,7 +123,7 @@ def make_group(step: Pass, number: int, frame: Frame, plan: Plan) -> Group:
     )
     searched = grid.sampling.sigma is None and grid.rotations is None
     count = len(group.half) * step.model.classes
-    if searched and count * p * (8 if engine.dtype == torch.float32 else 16) <= engine.budget // 8:
+    if searched and count * p * (8 if engine.dtype == torch.float32 else 16) <= plan.working // 4:
         with step.clock("coarse slices"):
             group = replace(group, coarse=coarse_slices(step, group, 0, count))
     return group
@@ -134,14 +132,13 @@ def make_group(step: Pass, number: int, frame: Frame, plan: Plan) -> Group:
 def coarse_slices(step: Pass, group: Group, a: int, b: int) -> Tensor:
     """(b − a, p_0) slices of the coarse orientations with psi < 180°, counted through the classes."""
     h, p, engine = len(group.half), len(group.coarse_phases), step.engine
-    out = torch.empty(b - a, p, dtype=engine.complex, device=engine.device)
-    for k in range(a // h, (b - 1) // h + 1):
-        lo, hi = max(a, k * h), min(b, (k + 1) * h)
-        rotations = step.grid.coarse_rotations(group.half[lo - k * h : hi - k * h]).to(device=engine.device, dtype=engine.dtype)
-        project(
-            step.volumes[k], rotations, group.frame.coords[:p], engine.pad, out=out[lo - a : hi - a], implementation=engine.implementation
-        )
-    return out
+    number = torch.arange(a, b, device=engine.device)
+    rotations = step.grid.coarse_rotations(group.half.to(engine.device)[number % h]).to(engine.dtype)
+    one = len(step.volumes) == 1
+    return project(
+        step.volumes[0] if one else step.volumes, rotations, group.frame.coords[:p], engine.pad, which=None if one else number // h,
+        implementation=engine.implementation,
+    )  # fmt: skip
 
 
 def shift_phases(frame: Frame, shifts: Tensor, p: int, engine: Engine) -> Tensor:
@@ -194,14 +191,14 @@ def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, o
                 prior = prior - (step.offset[klass].square().sum(-1) / (2 * step.model.sigma_offset**2)).to(prior)
                 some = torch.cat([some, step.offset[klass].to(some).repeat(1, 2)], 1)
             c = candidates(
-                some, y, q, phases, prior.expand(2, -1).contiguous(), shared, depth=DEPTH, fraction=fraction, cc=step.cc,
+                some, y, q, phases, prior.expand(2, -1).contiguous(), shared, depth=DEPTH, fraction=fraction, cc=step.engine.cc,
                 batch=group.plan.score_images(len(some), len(grid.shifts)), implementation=engine.implementation,
             )  # fmt: skip
             left_out = c.left_out if fraction is not None else None
             mate, which = c.hypothesis // len(some), c.hypothesis % len(some)
             orientation = o[which] + mate * (grid.n_psi // 2) + klass[which] * grid.orientations
             found.append(Found(c.image, orientation, c.shift, c.value))
-    return _near_best(_join(found), len(y), step.cc), left_out
+    return _near_best(_join(found), len(y), step.engine.cc), left_out
 
 
 def coarse_parts(step: Pass, group: Group, classes: range) -> Iterator[tuple[int, Tensor]]:
@@ -210,7 +207,7 @@ def coarse_parts(step: Pass, group: Group, classes: range) -> Iterator[tuple[int
     if group.coarse is not None:
         yield classes.start * h, group.coarse[classes.start * h : classes.stop * h]
         return
-    chunk = max(step.grid.n_psi // 2, step.engine.budget // 8 // (p * (8 if step.engine.dtype == torch.float32 else 16)))
+    chunk = max(step.grid.n_psi // 2, group.plan.working // 4 // (p * (8 if step.engine.dtype == torch.float32 else 16)))
     for k in classes:
         for lo in range(k * h, (k + 1) * h, chunk):
             with step.clock("coarse slices"):
@@ -227,7 +224,7 @@ def with_class_offsets(step: Pass, y: Tensor, q: Tensor, phases: Tensor, old: Te
     """
     if len(step.offset) == 1:
         return y.contiguous(), q.contiguous(), phases
-    unit = 0.0 if step.cc else (pixel_size if step.engine.relion_form else 1.0) / step.model.sigma_offset**2
+    unit = 0.0 if step.engine.cc else (pixel_size if step.engine.relion_form else 1.0) / step.model.sigma_offset**2
     t = step.grid.shifts.T * unit
     images = torch.cat([old * unit, torch.ones_like(old)], 1).to(y)
     turn = torch.cat([torch.ones_like(t), t]).to(phases)
@@ -321,8 +318,8 @@ def local_rows(step: Pass, particles: Particles, index: Tensor, only: int | None
         log = torch.zeros(len(index), dtype=torch.float64, device=engine.device)
     else:
         centre = particles.prior_rotation if particles.prior_rotation is not None else particles.rotation
-        near = neighbours(step.host, centre[index], engine.relion_form)
-        image, o, log = (t.to(engine.device) for t in (near.image, near.orientation, near.log_prior))
+        near = neighbours(grid, centre[index].to(engine.device), engine.relion_form)
+        image, o, log = near.image, near.orientation, near.log_prior
     classes = torch.arange(step.model.classes, device=o.device) if only is None else torch.tensor([only], device=o.device)
     k = len(classes)
     o = o.repeat(k) + classes.repeat_interleave(len(o)) * grid.orientations
@@ -348,17 +345,17 @@ def coarse_local(
             some = make_slices(step, rows.slices, a, b, group.frame.coords[:p])
         with step.clock("coarse products"):
             value = compare(
-                some.values, rows.slice[lo:hi] - a, image, y, q, group.coarse_phases, cc=step.cc, implementation=engine.implementation
+                some.values, rows.slice[lo:hi] - a, image, y, q, group.coarse_phases, cc=engine.cc, implementation=engine.implementation
             )
         with step.clock("thresholds"):
-            if not step.cc:
+            if not step.engine.cc:
                 centre = centre_of(step, some.klass[rows.slice[lo:hi] - a]).expand(hi - lo, 2)[:, None]
                 value += shift_prior(step, old[image, None], grid.shifts, centre, group.frame.optics.pixel_size).to(value)
                 value += rows.log_prior[lo:hi, None]
             best.scatter_reduce_(0, image, value.amax(1), "amax")
             row, t = torch.nonzero(value >= (best[image] - DEPTH)[:, None], as_tuple=True)
             found.append(Found(image[row], row + lo, t, value[row, t]))
-    near_best = _near_best(_join(found), len(y), step.cc)
+    near_best = _near_best(_join(found), len(y), step.engine.cc)
     row = near_best.orientation
     return Found(near_best.image, rows.slices.orientation[rows.slice[row]], near_best.shift, near_best.value), rows.log_prior[row]
 
@@ -385,7 +382,7 @@ def fine_pass(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, 
         distinct, orientation = torch.unique_consecutive(coarse.orientation, return_inverse=True)
         children = torch.arange(grid.children, device=distinct.device).repeat(len(distinct))
         slices = Slices(distinct.repeat_interleave(grid.children), children)
-        if not step.cc:  # no priors in that mode (spec 2.8)
+        if not step.engine.cc:  # no priors in that mode (spec 2.8)
             centre = centre_of(step, coarse.orientation // grid.orientations)
             prior = prior + shift_prior(
                 step, old[coarse.image], grid.shifts[coarse.shift], centre, group.frame.optics.pixel_size
@@ -398,6 +395,6 @@ def fine_pass(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, 
         with step.clock("fine products"):
             value[lo:hi] = score(
                 some, orientation[lo:hi] - a // grid.children, coarse.image[lo:hi], coarse.shift[lo:hi], prior[lo:hi], y, q,
-                phases, children=sizes, cc=step.cc, implementation=engine.implementation,
+                phases, children=sizes, cc=step.engine.cc, implementation=engine.implementation,
             )  # fmt: skip
     return Fine(slices, orientation, coarse.image, coarse.shift, value)

@@ -31,6 +31,7 @@ class Engine:
     correct_norm: bool = True
     correct_scale: bool = True
     ctf_mode: str = "normal"
+    cc: bool = False  # cross-correlation instead of the likelihood, of a first iteration (spec 2.8)
     residual: bool = False  # back-project X − s c P V, not X (gradient methods, spec 5.2)
     strict: bool = False  # the fine pass compares in the coarse window too (--strict_highres_exp of spec 2.6); sums are of the whole window
     subpixel: bool = False  # move the images by the whole old shift, its fraction too (nothing is searched around it)

@@ -1,17 +1,18 @@
 """Many particles of several related structures, made on the device that will compute with them: for classification and bench/.
 
-A ribosome-sized phantom of which each class but the first lacks the blobs around one point of its rim, as a factor that is bound to
-some particles only. Projections by the engine's own slices of the sampled density.
+A phantom of which each class but the first lacks one of its outer domains (or two), as a factor that is bound to some particles only.
+Projections by the engine's own slices of the sampled density.
 """
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from frazil.data import Optics, Particles, Volume
+from frazil.data import BadInput, Optics, Particles, Volume
 from frazil.maths.ctf import ctf
 from frazil.maths.fourier import PixelList, image_from_ft, padded_ft, pixel_list
 from frazil.maths.gridding import sinc2
@@ -32,17 +33,20 @@ class ClassSet:
     maps: tuple[Volume, ...]  # of the classes, on the grey scale of the images, in main memory
 
 
-def variants(whole: Phantom, classes: int, seed: int = 1) -> list[Phantom]:
-    """The phantom, and classes − 1 copies that lack everything within a third of its radius of a point on its rim."""
-    rng = torch.Generator().manual_seed(seed)
-    radius, out = whole.diameter() / 2, [whole]
-    rim = torch.nonzero(whole.centre.norm(dim=-1) > 0.55 * radius)[:, 0]
-    chosen = [int(rim[torch.randint(len(rim), (1,), generator=rng)])]
-    while len(chosen) < classes - 1:  # far from those chosen, so that no two lack the same part
-        distance = torch.cdist(whole.centre[rim], whole.centre[chosen]).amin(1)
-        chosen.append(int(rim[distance.argmax()]))
-    for point in chosen[: classes - 1]:
-        keep = (whole.centre - whole.centre[point]).norm(dim=-1) > radius / 3
+DOMAINS = 6  # of a phantom without symmetry; the last blobs of one are their bulks, the first the core
+
+
+def variants(whole: Phantom, classes: int) -> list[Phantom]:
+    """The phantom (C1), and classes − 1 copies that lack one outer domain each (2 to 18 % of the mass), then two, then three …"""
+    centre, size = whole.centre[-DOMAINS:], whole.sigma[-DOMAINS:]
+    owner = (torch.cdist(whole.centre, centre) / size).argmin(1)
+    outer = range(1, DOMAINS)
+    lacking = [set(some) for count in range(DOMAINS) for some in combinations(outer, count)][:classes]
+    if len(lacking) < classes:
+        raise BadInput(f"{classes} classes: the phantom has {DOMAINS - 1} outer domains, so at most {2 ** (DOMAINS - 1)}")
+    out = []
+    for gone in lacking:
+        keep = torch.tensor([int(o) not in gone for o in owner])
         out.append(replace(whole, centre=whole.centre[keep], sigma=whole.sigma[keep], mass=whole.mass[keep]))
     return out
 
@@ -58,7 +62,7 @@ def simulate_classes(
     box, a = optics.box, optics.pixel_size
     particles, _ = draw_particles(n, (optics,), settings, torch.Generator().manual_seed(settings.seed))
     particles = replace(particles, klass=torch.arange(n) % classes + 1)
-    shapes = variants(phantom(box, a, "C1", settings.seed), classes, settings.seed)
+    shapes = variants(phantom(box, a, "C1", settings.seed), classes)
     maps = [density(shape, box, a, device) for shape in shapes]
     pixels = pixel_list(box, box, device)
     noise = torch.Generator(device).manual_seed(settings.seed + 1)

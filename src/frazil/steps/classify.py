@@ -305,11 +305,11 @@ def expect(
     def work(engine: Engine) -> tuple[Statistics, Poses, dict[str, float]]:
         return expectation(
             job.images if world.size == 1 else _Share(job.images, mine), particles, state.model, grid, engine,
-            (progress.size, progress.coarse_size), cc=cc, tick=lambda done: job.tick(done * world.size),
+            (progress.size, progress.coarse_size), tick=lambda done: job.tick(done * world.size),
             assigned=None if assigned is None else assigned[mine],
         )  # fmt: skip
 
-    engine = replace(job.engine, subpixel=p.skip_align, strict=p.strict_highres is not None)
+    engine = replace(job.engine, cc=cc, subpixel=p.skip_align, strict=p.strict_highres is not None)
     statistics, poses, seconds = with_less_memory(engine, work)
     return world.total(statistics), world.gather(poses, n), seconds
 

@@ -223,7 +223,7 @@ def expect(
         images, some = _Half(job.images, members), particles[members]
 
         def work(engine: Engine, images=images, some=some, model=models[h - 1], tick=tick):
-            return parked(engine, *expectation(images, some, model, grid, engine, sizes, cc=cc, tick=tick))
+            return parked(engine, *expectation(images, some, model, grid, replace(engine, cc=cc), sizes, tick=tick))
 
         sums, part, clock = with_less_memory(job.engine, work)
         poses.put_(members, part)

@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from frazil.ops.accumulate import EntryWeights
-from frazil.ops.compare.triton import floats, matmul_precision
+from frazil.ops.compare.triton import floats, matmul_precision, work_bytes
 
-WORK_BYTES = 1 << 28  # of A, and of the sums of the pieces
 PIXELS = 256  # a block
 PIECE = 64  # rows at most
 
@@ -80,7 +79,7 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     right = torch.cat([phases.real.T, phases.imag.T], 1)  # (T, 2p): A is planar, [re | im]
     data, weight = torch.zeros_like(slices.resolve_conj(), memory_format=torch.contiguous_format), gain.new_zeros(slices.shape)
     pixels, rows = torch.zeros(2, p, dtype=torch.float64, device=gain.device), gain.new_empty(n, 4)
-    chunk = max(1, min(n, WORK_BYTES // (4 * p * gain.element_size())))
+    chunk = max(1, min(n, work_bytes() // (4 * p * gain.element_size())))
     a, blocks = gain.new_empty(chunk, 2 * p), triton.cdiv(p, PIXELS)
     fixed = (floats(slices), floats(masked), gain.contiguous(), floats(unmasked), inverse.contiguous(), scale_pixels.to(gain).contiguous(),
              slice_class.contiguous())

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WORK_BYTES = 1 << 28  # of the factors of `compare`, of the scores of `candidates`, where the memory is small
+WORK_BYTES = 1 << 26  # of the factors of `compare`, of the scores of `candidates`, where the memory is small
 ALIGN = 16  # inner dimension of a product, elements: what tensor cores want
 PIXELS = 512  # a block of the elementwise loops
 TILE = 1024  # hypotheses a program of `candidates` looks at
