@@ -288,4 +288,4 @@ def append(path: Path, params: Class3dBench, found: Measured, device: str, proce
         raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
 
 
-ACTIONS = {"class3d": Action(Class3dBench, (), lambda params, _: run(params))}
+ACTIONS: dict[str, Action] = {"class3d": Action(Class3dBench, (), lambda params, _: run(params))}
