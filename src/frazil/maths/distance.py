@@ -22,7 +22,7 @@ def squared_distance(inside: Tensor, reach: int) -> Tensor:
         raise ValueError(f"reach must not be negative, got {reach}")
     far = (reach + 1) ** 2
     kind = torch.int16 if far + reach**2 < 2**15 else torch.int32
-    field = torch.where(inside, 0, far).to(kind)
+    field = torch.full(inside.shape, far, dtype=kind, device=inside.device).masked_fill_(inside, 0)
     for axis in range(3):
         field = _along(field, axis, reach)
     return field.clamp_(max=far)

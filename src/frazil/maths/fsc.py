@@ -68,8 +68,10 @@ def randomise_phases(volume: Tensor, from_shell: int, generator: torch.Generator
     ft, random = torch.fft.rfftn(volume), torch.fft.rfftn(noise)
     start = from_shell if relion else from_shell - 0.5
     for rows, radius in planes(volume.shape[-1], 3, volume.device):
-        phase = random[rows] / random[rows].abs().clamp(min=torch.finfo(volume.dtype).tiny)
-        ft[rows] = torch.where(radius >= start, ft[rows].abs() * phase, ft[rows])
+        here, there = ft[rows], random[rows]
+        power, drawn = (x.real.square() + x.imag.square() for x in (here, there))
+        ratio = (power / drawn.clamp(min=torch.finfo(volume.dtype).tiny)).sqrt()
+        ft[rows] = torch.where(radius >= start, there * ratio, here)
     return torch.fft.irfftn(ft, s=volume.shape)
 
 

@@ -35,7 +35,8 @@ def compare_shells(a: Tensor, b: Tensor) -> Shells:
     x, y = torch.fft.rfftn(a), torch.fft.rfftn(b)
 
     def products(s: slice) -> tuple[Tensor, ...]:
-        return (x[s] * y[s].conj()).real, x[s].abs().square(), y[s].abs().square()
+        p, q = x[s], y[s]
+        return p.real * q.real + p.imag * q.imag, p.real.square() + p.imag.square(), q.real.square() + q.imag.square()
 
     cross, first, second = shell_totals(products, a.shape[-1], 3, a.device)
     return Shells(first, second, cross / (first * second).sqrt().clamp(min=1e-300))
