@@ -43,7 +43,8 @@ def test_tables_with_missing_ctf_and_mixed_pixels(tmp_path):
     (tmp_path / "m.star").write_text(
         "data_optics\n\nloop_\n_rlnOpticsGroup\n_rlnOpticsGroupName\n_rlnVoltage\n_rlnSphericalAberration\n_rlnAmplitudeContrast\n"
         "_rlnMicrographPixelSize\n1 a 300 2.7 0.1 0.8\n7 b 200 1.4 0.1 1.2\n\n"
-        "data_micrographs\n\nloop_\n_rlnMicrographName\n_rlnOpticsGroup\n_rlnDefocusU\n_rlnDefocusV\n_rlnDefocusAngle\nx.mrc 7 10000 9000 30\ny.mrc 1 nan nan 0\n"
+        "data_micrographs\n\nloop_\n_rlnMicrographName\n_rlnOpticsGroup\n"
+        "_rlnDefocusU\n_rlnDefocusV\n_rlnDefocusAngle\nx.mrc 7 10000 9000 30\ny.mrc 1 nan nan 0\n"
     )
     found = read_micrographs(tmp_path / "m.star")
     assert [o.pixel_size for o in found.optics] == [0.8, 1.2] and found.group.tolist() == [1, 0]

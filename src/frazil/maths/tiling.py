@@ -111,7 +111,7 @@ def tile_axis(length: int, reach: int, longest: int) -> Tiling:
     least = good_size(2 * reach + 2)
     best = None
     size = least
-    while size <= max(longest, 4 * reach, least):
+    while size <= max(longest, 8 * reach, least):
         step = size - 2 * reach
         count = -(-length // step)
         if best is None or count * size < best.count * best.size:

@@ -43,6 +43,7 @@ class MicrographSettings:
     ice: int = 2  # ice crystals: dark, one and a half to three times as large
     carbon: bool = True  # a carbon edge in one corner
     seed: int = 1
+    b_factor: float = 400.0  # Å², of the images: motion, damage, detector
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def simulate_micrograph(source: Phantom | Volume, optics: Optics, settings: Micr
     mean, angle = torch.rand(2, generator=rng).tolist()
     underfocus = DEFOCUS[0] + (DEFOCUS[1] - DEFOCUS[0]) * mean
     defocus = torch.tensor([underfocus + 100, underfocus - 100, 180 * angle])
-    signal = multiply_ctf(canvas, optics, defocus)
+    signal = multiply_ctf(canvas, optics, defocus, settings.b_factor)
     image = _noise(settings, rng) - grey_scale(source, optics, settings) * signal
     _contaminate_(image, carbon, crystals, settings, optics, rng)
     return SimulatedMicrograph(image, xy, view, psi, defocus)
@@ -97,13 +98,13 @@ def grey_scale(source: Phantom | Volume, optics: Optics, settings: MicrographSet
     rotation = view_rotations(settings)[:12] if settings.views else random_rotations(12, torch.Generator().manual_seed(settings.seed))
     images = image_from_ft(slices(source, rotation, optics), optics.box)
     middle = torch.tensor([sum(DEFOCUS) / 2, sum(DEFOCUS) / 2, 0.0])
-    images = torch.stack([multiply_ctf(image, optics, middle) for image in images])
+    images = torch.stack([multiply_ctf(image, optics, middle, settings.b_factor) for image in images])
     under = radii(optics.box, 2) <= 0.5 * settings.diameter / optics.pixel_size
     return math.sqrt(settings.snr / max(float(images[:, under].var(-1).mean()), 1e-30))
 
 
-def multiply_ctf(image: Tensor, optics: Optics, defocus: Tensor) -> Tensor:
-    """(y, x) image times the CTF, which wraps round the edges."""
+def multiply_ctf(image: Tensor, optics: Optics, defocus: Tensor, b_factor: float = 0.0) -> Tensor:
+    """(y, x) image times the CTF, damped by a B-factor in Å²; it wraps round the edges."""
     h, w = image.shape
     ft = torch.fft.rfft2(image)
     kx = torch.fft.rfftfreq(w, optics.pixel_size, dtype=torch.float64)
@@ -112,7 +113,7 @@ def multiply_ctf(image: Tensor, optics: Optics, defocus: Tensor) -> Tensor:
     for start in range(0, h, ROWS):
         part = ky[start : start + ROWS]
         k = torch.stack(torch.broadcast_tensors(kx[None, :], part[:, None]), -1).reshape(-1, 2)
-        ft[start : start + ROWS] *= ctf(k, defocus[None].double(), 0 * one, 0 * one, one, optics, dtype=torch.float32)[0].reshape(
+        ft[start : start + ROWS] *= ctf(k, defocus[None].double(), 0 * one, b_factor * one, one, optics, dtype=torch.float32)[0].reshape(
             len(part), -1
         )
     return torch.fft.irfft2(ft, s=(h, w))

@@ -28,7 +28,7 @@ from frazil.ops.correlate import correlate_max_
 
 CLIP = 8.0  # standard deviations beyond which a pixel is dust and becomes 0
 RING = 1.4  # outer radius of the ring of local statistics, of the particle's radius
-LONGEST_TILE = 1200  # work pixels
+LONGEST_TILE = {"cpu": 400, "cuda": 1200}  # work pixels: on a CPU a batch of transforms should stay in the cache
 CTF_POINTS = 1 << 21  # evaluated at a time
 STATS_FLOOR = 1e-3  # sigma below this is a dead area
 REPEATED = 0.2  # of the usual change from line to line: below, a line is a copy
@@ -139,8 +139,9 @@ def make_bank(templates: Tensor, pixel_size: float, shape: tuple[int, int], micr
     """The bank of templates (t, N, N) of `pixel_size`, white on black, for micrographs (y, x) px of `micrograph_pixel`; on their device."""
     grid = work_grid(shape, micrograph_pixel, settings.lowpass, 0.5 * RING * settings.diameter)
     reach = template_reach(settings.diameter, grid.work_pixel)
-    tiles = (tile_axis(grid.visible[0], reach, LONGEST_TILE), tile_axis(grid.visible[1], reach, LONGEST_TILE))
     masked = mask_templates(templates.float(), pixel_size, settings.diameter)
+    longest = LONGEST_TILE.get(masked.device.type, LONGEST_TILE["cuda"])
+    tiles = (tile_axis(grid.visible[0], reach, longest), tile_axis(grid.visible[1], reach, longest))
     n = max(1, round(360 / settings.angular_step))
     psi = torch.arange(n, dtype=torch.float64, device=masked.device) * (360 / n)
     ring, disc = _ring(grid, settings.diameter, masked.device), _ring(grid, settings.diameter, masked.device, disc=True)
