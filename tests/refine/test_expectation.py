@@ -99,9 +99,10 @@ def test_batches_do_not_show(rng: torch.Generator) -> None:
     grid = make_grid(Sampling(order=1, offset_range=8, offset_step=4, instance=0.1))
     whole = expectation(images, particles, model, grid, Engine(diameter=44, dtype=torch.float64), (12, 8))
     parts = expectation(images, particles, model, grid, Engine(diameter=44, dtype=torch.float64, budget=1 << 20, shrink=1 << 20), (12, 8))
-    assert torch.allclose(whole[1].rotation, parts[1].rotation) and torch.allclose(whole[1].norm, parts[1].norm, rtol=1e-10)
-    assert torch.allclose(whole[0].data, parts[0].data, rtol=1e-9, atol=1e-9 * float(whole[0].data.abs().max()))
-    assert torch.allclose(whole[0].sigma2[0], parts[0].sigma2[0], rtol=1e-9)
+    # In chunks nothing is left out of the list; else 5e-5 of the mass is, known to a tenth: a sample of that weight may differ.
+    assert torch.allclose(whole[1].rotation, parts[1].rotation) and torch.allclose(whole[1].norm, parts[1].norm, rtol=1e-5)
+    assert torch.allclose(whole[0].data, parts[0].data, rtol=1e-4, atol=1e-4 * float(whole[0].data.abs().max()))
+    assert torch.allclose(whole[0].sigma2[0], parts[0].sigma2[0], rtol=1e-5)
 
 
 def test_the_cross_correlation_mode_takes_one_sample(rng: torch.Generator) -> None:

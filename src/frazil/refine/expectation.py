@@ -35,6 +35,7 @@ from frazil.refine.search import (
     make_pass,
     make_slices,
     old_offset,
+    rescored,
 )
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine, Frame, Windows, make_frame, windows_in_parts
@@ -176,8 +177,11 @@ def run_batch(step: Pass, group: Group, batch: Batch, only: int | None, sums: Su
     engine, grid, index = step.engine, step.grid, batch.index
     if grid.sampling.sigma is None and grid.rotations is None:
         coarse, left_out = coarse_global(step, group, batch.y, batch.q, batch.old, only)
-        o = coarse.orientation
-        log_orientation = step.log_direction[o // grid.orientations, o % grid.orientations // grid.n_psi]
+        if engine.cc:
+            log_orientation = torch.zeros_like(coarse.value)
+        else:
+            with step.clock("coarse products"):
+                coarse, log_orientation = rescored(step, group, coarse, batch.y, batch.q, batch.old)
     else:
         coarse, log_orientation = coarse_local(step, group, batch.particles, index, batch.y, batch.q, batch.old, only)
         left_out = None

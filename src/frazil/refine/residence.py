@@ -10,7 +10,8 @@ from torch import Tensor
 from frazil.data import Images, Particles
 from frazil.refine.windows import Engine
 
-SHARE = 0.5  # of the memory budget that images may take
+SHARE = 0.5  # of the memory budget that images may take in half precision
+FULL_SHARE = 0.25  # and in float32, where half precision would change them
 READ = 1 << 26  # pixels read at a time
 LARGEST = 3e4  # grey values beyond do not go into half precision (its largest number is 65504)
 
@@ -30,25 +31,35 @@ class Resident:
 
 
 def resident(images: Images, particles: Particles, engine: Engine) -> tuple[Images, Engine]:
-    """The images on the engine's GPU in float16, and the engine with what they take off its budget; unchanged on a CPU or if too many.
+    """The images on the engine's GPU, and the engine with what they take off its budget; unchanged on a CPU or if they are too many.
 
-    Rounding to float16 adds noise of 3e-4 of a grey value to images whose noise is 1. Images whose values do not fit float16 stay
-    where they are.
+    They are kept as float16 where that changes nothing (they come from float16 stacks), else as float32 if there is plenty of room, else
+    as float16: that adds noise of 3e-4 of a grey value to images whose noise is 1. Values beyond 3e4 do not go into float16: such
+    images are kept as float32 or stay where they are.
     """
     pixels = sum(int((particles.group == g).sum()) * o.box**2 for g, o in enumerate(particles.optics))
     if engine.device == "cpu" or 2 * pixels > SHARE * engine.budget:
         return images, engine
+    half = 4 * pixels > FULL_SHARE * engine.budget or all(exact_in_half(images, particles, g) for g in particles.group.unique().tolist())
     place, stacks = torch.zeros(len(particles), dtype=torch.int64), []
     for g, optics in enumerate(particles.optics):
         members = torch.nonzero(particles.group == g)[:, 0]
         place[members] = torch.arange(len(members))
-        stack = torch.empty(len(members), optics.box, optics.box, dtype=torch.float16, device=engine.device)
+        stack = torch.empty(len(members), optics.box, optics.box, dtype=torch.float16 if half else torch.float32, device=engine.device)
         start = 0
         for index in members.split(max(1, READ // max(1, optics.box**2))):
             some = images[index].to(engine.device)
-            if not bool(some.abs().amax() < LARGEST):
+            if half and not bool(some.abs().amax() < LARGEST):
                 return images, engine
             stack[start : start + len(index)] = some
             start += len(index)
         stacks.append(stack)
-    return Resident(tuple(stacks), particles.group, place.to(engine.device)), replace(engine, budget=engine.budget - 2 * pixels)
+    size = sum(stack.nbytes for stack in stacks)
+    return Resident(tuple(stacks), particles.group, place.to(engine.device)), replace(engine, budget=engine.budget - size)
+
+
+def exact_in_half(images: Images, particles: Particles, group: int) -> bool:
+    """Whether some images of an optics group are the same in float16."""
+    members = torch.nonzero(particles.group == group)[:, 0]
+    some = images[members[:: max(1, len(members) // 16)][:16]].float()
+    return bool((some.half().float() == some).all())

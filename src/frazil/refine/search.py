@@ -21,7 +21,7 @@ from frazil.data import Particles
 from frazil.maths.fourier import padded_ft
 from frazil.maths.fourier2d import padded_planes
 from frazil.maths.gridding import sinc2
-from frazil.ops.compare import candidates, compare
+from frazil.ops.compare import candidates, compare, significant
 from frazil.ops.project import project
 from frazil.ops.score import score
 from frazil.refine.model import Model
@@ -30,6 +30,8 @@ from frazil.refine.sampling import Grid, neighbours
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine, Frame, Windows
 
+MARGIN = 20.0  # the list of the coarse pass lacks this much less of the posterior than may be dropped
+SPARE = 1.25  # times max_significant samples an image whose scores are made again in full precision
 DEPTH = 26.0  # nats below the best: e⁻²⁶ × 10⁶ samples is far under the mass 1 − 0.999 that may be dropped
 
 
@@ -171,7 +173,8 @@ def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, o
     """Candidates of the whole coarse grid of all classes (or one), pass 1, and the mass an image's list lacks (None: none that counts).
 
     psi + 180° comes free as the conjugate. Where the slices of all do not fit the memory they are taken in chunks; with a single
-    chunk, samples that cannot be significant are left out at once.
+    chunk, samples that cannot be significant are left out at once. The products may be in TF32 or bfloat16, so the values only say
+    what is worth scoring again (`rescored`), and the list is longer than needed: it lacks 1/MARGIN of the mass that may be dropped.
     """
     grid, engine, a = step.grid, step.engine, group.frame.optics.pixel_size
     h, p = len(group.half), len(group.coarse_phases)
@@ -181,7 +184,7 @@ def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, o
     y, q, phases = with_class_offsets(step, y, q, phases, old, a)
     found, left_out = [], None
     parts = list(coarse_parts(step, group, classes))
-    fraction = engine.fraction if len(parts) == 1 else None
+    fraction = 1 - (1 - engine.fraction) / MARGIN if len(parts) == 1 else None
     for first, some in parts:
         with step.clock("coarse products"):
             flat = torch.arange(first, first + len(some), device=old.device)
@@ -199,6 +202,34 @@ def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, o
             orientation = o[which] + mate * (grid.n_psi // 2) + klass[which] * grid.orientations
             found.append(Found(c.image, orientation, c.shift, c.value))
     return _near_best(_join(found), len(y), step.engine.cc), left_out
+
+
+def rescored(step: Pass, group: Group, found: Found, y: Tensor, q: Tensor, old: Tensor) -> tuple[Found, Tensor]:
+    """Samples of the coarse pass with their values in full precision, and the logs of their orientation priors.
+
+    Which samples are significant then depends on rounding at 1e-6 only: refinements on a CPU and on a GPU stay together (CONVENTIONS).
+    Of the flattest posteriors, SPARE · max_significant samples an image are kept.
+    """
+    engine, grid, p = step.engine, step.grid, len(group.coarse_phases)
+    if engine.max_significant >= 0 and len(found.image):
+        most = int(SPARE * engine.max_significant) + 1
+        if int(torch.bincount(found.image).max()) > most:
+            found = found[significant(found.image, found.value, len(y), 1.0, most).keep]
+    found = found[torch.argsort(found.orientation * len(y) + found.image, stable=True)]
+    klass, o = found.orientation // grid.orientations, found.orientation % grid.orientations
+    log_orientation = step.log_direction[klass, o // grid.n_psi]
+    shift = shift_prior(step, old[found.image], grid.shifts[found.shift], centre_of(step, klass), group.frame.optics.pixel_size)
+    prior = log_orientation + shift.to(log_orientation)
+    distinct, number = torch.unique_consecutive(found.orientation, return_inverse=True)
+    slices, value = Slices(distinct), torch.empty_like(prior)
+    y, q = y[:, :p].contiguous(), q[:, :p].contiguous()
+    for a, b, lo, hi in slices.chunks(number, group.plan):
+        some = make_slices(step, slices, a, b, group.frame.coords[:p]).values
+        value[lo:hi] = score(
+            some, number[lo:hi] - a, found.image[lo:hi], found.shift[lo:hi], prior[lo:hi], y, q, group.coarse_phases, children=(1, 1),
+            implementation=engine.implementation,
+        )[:, 0, 0]  # fmt: skip
+    return Found(found.image, found.orientation, found.shift, value), log_orientation
 
 
 def coarse_parts(step: Pass, group: Group, classes: range) -> Iterator[tuple[int, Tensor]]:

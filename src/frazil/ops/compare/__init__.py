@@ -92,7 +92,7 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
             return Candidates(*run_cpu(*args, depth, keep, cc, batch, tf32 and not cc))
         case "triton":
             from .triton import candidates as run_triton
-            return Candidates(*run_triton(*args, depth, keep, cc, batch, tf32))
+            return Candidates(*run_triton(*args, depth, keep, cc, batch, tf32 and not cc))
         case other:
             raise ValueError(f"candidates has no implementation {other!r}")
 
