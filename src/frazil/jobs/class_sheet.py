@@ -27,24 +27,30 @@ def plot_averages(
     """
     order = [k for k in np.argsort(-np.asarray(counts), kind="stable").tolist() if counts[k] > 0][:MOST] or [0]
     columns = min(columns, len(order))
-    rows = -(-len(order) // columns)
-    figure, axes = new_figure(columns * CELL, rows * (CELL + 0.28), rows, columns)
-    n = averages.shape[-1]
+    rows, n = -(-len(order) // columns), averages.shape[-1]
     cut = slice(0, n)
     if 0 < diameter < n * pixel_size / 1.1:  # leave out empty margins
         reach = min(n // 2, round(0.55 * diameter / pixel_size) + 2)
         cut = slice(n // 2 - reach, n // 2 + reach)
-    for place, ax in enumerate(axes.flat):
-        ax.set_axis_off()
-        if place >= len(order):
-            continue
-        k = order[place]
+    side = len(range(*cut.indices(n)))
+    gap, head = max(1, side // 16), round(0.34 * side / CELL)  # px between pictures, and above each for its title
+    figure, axes = new_figure(columns * CELL, rows * (CELL + 0.34))
+    ax = axes[0, 0]
+    ax.set_axis_off()
+    # One picture for all: axes for each of fifty take seconds to lay out.
+    for place, k in enumerate(order):
+        row, column = divmod(place, columns)
+        left, bottom = column * (side + gap), (rows - 1 - row) * (side + head)
         shown = averages[k][cut, cut]
         low, high = np.percentile(shown, [1, 99.8])
-        ax.imshow(shown, cmap="gray", vmin=low, vmax=max(high, low + 1e-12), origin="lower", interpolation="bicubic")
-        ax.set_title(f"{k + 1}: {counts[k]:,}\n{resolutions[k]:.0f} Å", fontsize=6.5, loc="center", weight="normal", pad=2)
+        extent = (left, left + side, bottom, bottom + side)
+        ax.imshow(shown, cmap="gray", vmin=low, vmax=max(high, low + 1e-12), origin="lower", interpolation="bicubic", extent=extent)
+        title = f"{k + 1}: {counts[k]:,}\n{resolutions[k]:.0f} Å"
+        ax.text(left + side / 2, bottom + side + 0.1 * head, title, fontsize=6.5, ha="center", va="bottom")
         if place == 0:
-            scale_bar(ax, shown.shape[-1], pixel_size)
+            scale_bar(ax, side, pixel_size, origin=(left, bottom))
+    ax.set_xlim(0, columns * (side + gap) - gap)
+    ax.set_ylim(0, rows * (side + head))
     return figure
 
 

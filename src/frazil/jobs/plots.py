@@ -193,10 +193,10 @@ def plot_map(data: Array, pixel_size: float, diameter: float = 0.0) -> Figure:
     return figure
 
 
-def scale_bar(ax: Axes, side: int, pixel_size: float, colour: str = "white") -> None:
-    """A bar of a round length, about a quarter of a picture of `side` px."""
+def scale_bar(ax: Axes, side: int, pixel_size: float, colour: str = "white", origin: tuple[float, float] = (0, 0)) -> None:
+    """A bar of a round length, about a quarter of a picture of `side` px whose lower left corner is at `origin`."""
     length = max((d for d in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if d <= 0.3 * side * pixel_size), default=1)
-    start, height = 0.05 * side, 0.06 * side
+    start, height = origin[0] + 0.05 * side, origin[1] + 0.06 * side
     ax.plot([start, start + length / pixel_size], [height, height], color=colour, linewidth=3, solid_capstyle="butt")
     ax.annotate(f"{length:g} Å", (start, height), (0, 4), textcoords="offset points", color=colour, fontsize=8)
 
