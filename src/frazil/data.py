@@ -65,6 +65,11 @@ class Particles:
     def __len__(self) -> int:
         return len(self.group)
 
+    def to(self, device: str) -> Particles:
+        """The same with all columns on a device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
+
     def __getitem__(self, index: Tensor) -> Particles:
         """The particles at `index` (int64 or bool tensor); optics and micrograph tables stay whole."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

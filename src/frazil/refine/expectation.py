@@ -102,6 +102,8 @@ def expectation(
     Returns the sums, the poses in the order of `particles`, and seconds by phase.
     """
     clock = Clock(engine.device, engine.timed)
+    # All columns go to the device at once: a copy a batch would make the host wait for what is queued before it.
+    table, model = particles.to(engine.device), replace(model, scales=model.scales.to(engine.device))
     step = make_pass(model, grid, engine, sizes, clock)
     poses = Poses.empty(len(particles))
     sums: Sums | None = None
@@ -116,8 +118,8 @@ def expectation(
         sums = sums or new_sums(step, particles.optics, len(particles.micrographs), plan.sum_dtype)
         for index, only in batches(members, assigned, plan.images):
             with clock("windows"):
-                windows = windows_in_parts(images, particles, index, frame, model, engine, g, plan.window_images)
-                batch = make_batch(step, group, particles, index, windows)
+                windows = windows_in_parts(images, table, index, frame, model, engine, g, plan.window_images)
+                batch = make_batch(step, group, table, index.to(engine.device), windows)
             lost += run_batch(step, group, batch, only, sums, poses)
             done += len(index)
             tick(done)
@@ -150,8 +152,8 @@ def shape_of(step: Pass, frame: Frame) -> Shape:
 class Batch:
     """Particles in work: images and gains weighted by the noise, and where their shifts start from."""
 
-    particles: Particles
-    index: Tensor  # (b,) rows of particles
+    particles: Particles  # on the device
+    index: Tensor  # (b,) rows of particles, on the device
     windows: Windows
     y: Tensor  # (b, p) complex s c X/σ²
     q: Tensor  # (b, p) s²c²/(2σ²)
@@ -235,10 +237,10 @@ def best_poses(
     best = post.best.clamp(min=0)
     entry, rest = best // (grid.children * grid.shift_children), best % (grid.children * grid.shift_children)
     child, small = rest // grid.shift_children, rest % grid.shift_children
-    norm = particles.norm[index].to(residual)
+    norm = particles.norm[index]
     if step.engine.correct_norm:
         norm = torch.where(some, norm / step.model.norm_average * (2 * residual.clamp(min=0)).sqrt(), norm)
-    old_rotation, old_shift = particles.rotation[index].to(norm), particles.shift[index].to(norm)
+    old_rotation, old_shift = particles.rotation[index], particles.shift[index]
     if len(fine.image):
         orientation = fine.slices.orientation[:: grid.children][fine.orientation[entry]]
         fine_shifts = grid.fine_shifts().to(norm)
@@ -249,7 +251,7 @@ def best_poses(
         rotation, shift, klass = old_rotation, old_shift, torch.zeros_like(best)
     found = Poses(
         torch.where(some[:, None, None], rotation, old_rotation), torch.where(some[:, None], shift, old_shift),
-        torch.where(some, klass, particles.klass[index].to(klass).sub(1).clamp(min=0)), norm, post.pmax,
+        torch.where(some, klass, particles.klass[index].sub(1).clamp(min=0)), norm, post.pmax,
         torch.bincount(coarse.image, minlength=n), torch.where(some, log_likelihood(step, group, batch, post.log_norm), 0.0),
     )  # fmt: skip
     return found, int(some.sum())
@@ -310,16 +312,16 @@ def add_statistics(step: Pass, group: Group, fine: Fine, gamma: Tensor, per_imag
     klass = orientation // grid.orientations
     sums.direction.view(-1).index_add_(0, klass * grid.directions + orientation % grid.orientations // grid.n_psi, each_entry)
     shifts = grid.fine_shifts().reshape(-1, grid.shift_children, 2).to(at)
-    total_shift = w.pre_shift.to(at)[fine.image, None] + shifts[fine.shift]  # (entries, c, 2)
+    total_shift = w.pre_shift[fine.image, None] + shifts[fine.shift]  # (entries, c, 2)
     centre = centre_of(step, klass).expand(len(klass), 2)
     if particles.prior_shift is not None and len(step.offset) == 1:
-        centre = particles.prior_shift[batch.index].to(at)[fine.image]
+        centre = particles.prior_shift[batch.index][fine.image]
     sums.offset2 += (by_shift * (total_shift - centre[:, None]).square().sum(-1)).sum()
     sums.offset_sum.index_add_(0, klass, (by_shift[..., None] * total_shift).sum(1))
     micrograph = particles.micrograph[batch.index]
-    s = step.model.scales[micrograph].clamp(min=0.001).to(at)
-    sums.scale_cross.index_add_(0, micrograph.to(at), per_image[:, 2] / s)
-    sums.scale_power.index_add_(0, micrograph.to(at), per_image[:, 3] / s**2)
+    s = step.model.scales[micrograph].clamp(min=0.001)
+    sums.scale_cross.index_add_(0, micrograph, per_image[:, 2] / s)
+    sums.scale_power.index_add_(0, micrograph, per_image[:, 3] / s**2)
     inside = power.sum(1) * total - 2 * per_image[:, 0] + per_image[:, 1]
     return inside + beyond.sum(1)
 

@@ -96,6 +96,7 @@ class Poses:
         )  # fmt: skip
 
     def put_(self, index: Tensor, part: Poses) -> None:
-        """Write the results of some particles in their places."""
+        """Write the results of some particles in their places (index on any device)."""
+        index = index.cpu()
         for name in ("rotation", "shift", "klass", "norm", "pmax", "significant", "log_likelihood"):
             getattr(self, name)[index] = getattr(part, name).to(device="cpu", dtype=getattr(self, name).dtype)

@@ -151,12 +151,13 @@ def noise_images(sigma2: Tensor, box: int, seeds: list[int], device: str, dtype:
 def prepare_images(images: Tensor, particles: Particles, index: Tensor, optics: Optics, model: Model, engine: Engine, group: int):
     """Normalised, aberration-corrected, pre-shifted images: (unmasked, masked, pre-shift in px); N even.
 
-    `index` (b,) are rows of `particles`, `images` their pixels. The odd aberration is removed before anything is cut out in
-    real space, so that the mask sees the particle where it is.
+    `index` (b,) are rows of `particles`, both on one device, `images` their pixels. The odd aberration is removed before anything
+    is cut out in real space, so that the mask sees the particle where it is.
     """
     shift = shell_round(particles.shift[index] / optics.pixel_size)
     odd = optics.beam_tilt != (0.0, 0.0) or bool(optics.odd_zernike)
-    factor = model.norm_average / particles.norm[index] if engine.correct_norm else torch.ones(len(index), dtype=torch.float64)
+    norm = particles.norm[index]
+    factor = model.norm_average / norm if engine.correct_norm else torch.ones_like(norm)
     factor = factor.to(engine.device, engine.dtype)
     x, radius = images.to(engine.device), mask_radius(optics, engine)
     if engine.zero_mask and not odd:
@@ -190,8 +191,9 @@ def particle_ctf(particles: Particles, index: Tensor, k: Tensor, optics: Optics,
 
 def windows_in_parts(images: Images, particles: Particles, index: Tensor, frame: Frame, model: Model, engine: Engine, group: int,
                      most: int) -> Windows:
-    """The batch `index` of particles, at most so many whole images in work at once."""
-    parts = [make_windows(images[some], particles, some, frame, model, engine, group) for some in index.split(most)]
+    """The batch `index` (in main memory) of particles (on any device), at most so many whole images in work at once."""
+    at = particles.group.device
+    parts = [make_windows(images[some], particles, some.to(at), frame, model, engine, group) for some in index.split(most)]
     if len(parts) == 1:
         return parts[0]
     return Windows(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
@@ -212,7 +214,9 @@ def make_windows(images: Tensor, particles: Particles, index: Tensor, frame: Fra
     window_power = shell_power(ft, p.index, frame.window_start, implementation=engine.implementation) * unit
     del ft
     c = particle_ctf(particles, index, frame.k, optics, engine)
-    s = model.scales[particles.micrograph[index]].clamp(min=0.001).to(c)[:, None] if engine.correct_scale else c.new_ones(len(index), 1)
+    s = c.new_ones(len(index), 1)
+    if engine.correct_scale:
+        s = model.scales.to(index.device)[particles.micrograph[index]].clamp(min=0.001).to(c)[:, None]
     gain = s * c * (c if optics.ctf_premultiplied else 1)
     moved = shift * optics.pixel_size
     if engine.subpixel:
