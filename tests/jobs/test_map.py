@@ -11,6 +11,7 @@ import torch
 
 from frazil.cli import main
 from frazil.io.mrc import read_header, read_map, write_mrc
+from frazil.maths.masks import radii
 from frazil.maths.rotation import euler_to_matrix
 from frazil.simulate.phantom import density, phantom
 from frazil.steps.map_transform import crop, mirror, resample, transform
@@ -76,6 +77,16 @@ def test_lowpass_leaves_what_is_coarse_and_removes_what_is_fine(tmp_path: Path) 
     write_mrc(tmp_path / "a.mrc", wave[3] + wave[9], PIXEL)
     assert run("map", "lowpass", tmp_path / "a.mrc", "--resolution", BOX * PIXEL / 6, "--output", tmp_path / "b.mrc") == 0
     assert torch.allclose(read_map(tmp_path / "b.mrc").data, wave[3].float(), atol=1e-5)
+
+
+def test_a_hollow_shell_needs_only_its_radii(tmp_path: Path) -> None:
+    assert run("map", "sphere", "--outer", 62, "--inner", 40, "--output", tmp_path / "shell.mrc") == 0
+    shell = read_map(tmp_path / "shell.mrc")
+    box = shell.data.shape[-1]
+    r = radii(box, 3) * shell.pixel_size
+    assert box * shell.pixel_size > 2 * 62 * 1.3 and box % 2 == 0
+    assert float(shell.data[(r > 41) & (r < 61)].min()) == 1 and float(shell.data[r < 40 - 5 * shell.pixel_size - 1].abs().max()) == 0
+    assert run("map", "sphere", "--outer", 40, "--inner", 62, "--output", tmp_path / "no.mrc") == 2
 
 
 def test_sphere_is_a_mask_of_the_diameter(tmp_path: Path) -> None:

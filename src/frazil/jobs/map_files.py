@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,18 +83,36 @@ class FromModelParams(Written):
 
 
 class SphereParams(Written):
-    """A soft sphere with values 0 to 1: a mask, or a first reference."""
+    """A soft sphere or hollow shell with values 0 to 1: a mask, or a first reference."""
 
-    box: int = Field(ge=8, le=MAX_BOX, multiple_of=2, description="side of the map, even", json_schema_extra=PX)
-    pixel_size: float = Field(gt=0, description="pixel size", json_schema_extra=ANGSTROM)
-    diameter: float = Field(gt=0, description="diameter up to which the sphere is 1", json_schema_extra=ANGSTROM)
+    diameter: float | None = Field(None, gt=0, description="diameter up to which the sphere is 1", json_schema_extra=ANGSTROM)
+    outer: float | None = Field(None, gt=0, description="the same as a radius: half the diameter", json_schema_extra=ANGSTROM)
+    inner: float = Field(0.0, ge=0, description="radius inside which the map is 0: a hollow shell", json_schema_extra=ANGSTROM)
+    box: int | None = Field(None, ge=8, le=MAX_BOX, multiple_of=2, description="side, even; none: 1.4 diameters", json_schema_extra=PX)
+    pixel_size: float | None = Field(None, gt=0, description="pixel size; none: a 48th of the diameter", json_schema_extra=ANGSTROM)
     edge: float = Field(5.0, ge=0, description="width of the soft edge", json_schema_extra=PX)
+
+    @property
+    def radius(self) -> float:
+        """Å, outer."""
+        return self.outer if self.outer is not None else (self.diameter or 0.0) / 2
+
+    @property
+    def sampling(self) -> tuple[int, float]:
+        """Box and pixel size."""
+        pixel_size = self.pixel_size or self.radius / 24
+        return self.box or 2 * math.ceil(1.4 * self.radius / pixel_size), pixel_size
 
     @model_validator(mode="after")
     def _fits(self) -> SphereParams:
-        """The sphere fits into its box."""
-        if self.diameter > self.box * self.pixel_size:
-            raise ValueError(f"--diameter: {self.diameter:g} Å is more than the box of {self.box * self.pixel_size:g} Å")
+        """One size, and the sphere fits into its box."""
+        if (self.diameter is None) == (self.outer is None):
+            raise ValueError("give one of --diameter and --outer (a radius)")
+        if self.inner >= self.radius:
+            raise ValueError(f"--inner: {self.inner:g} Å is not inside the outer radius of {self.radius:g} Å")
+        box, pixel_size = self.sampling
+        if 2 * self.radius > box * pixel_size:
+            raise ValueError(f"--diameter: {2 * self.radius:g} Å is more than the box of {box * pixel_size:g} Å")
         return self
 
 
@@ -143,9 +162,13 @@ def from_model(params: FromModelParams, run: Run | None) -> None:
 
 
 def sphere(params: SphereParams, run: Run | None) -> None:
-    """Write a soft sphere."""
-    data = soft_sphere(params.box, params.diameter / (2 * params.pixel_size), params.edge)
-    save(data, Volume(data, params.pixel_size), params.output)
+    """Write a soft sphere or shell."""
+    box, pixel_size = params.sampling
+    data = soft_sphere(box, params.radius / pixel_size, params.edge)
+    if params.inner:  # its soft edge lies inside the inner radius
+        edge = min(params.edge, params.inner / pixel_size)
+        data = data - soft_sphere(box, params.inner / pixel_size - edge, edge)
+    save(data, Volume(data, pixel_size), params.output)
 
 
 def picture(params: PictureParams, run: Run | None) -> None:
