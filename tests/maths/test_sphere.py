@@ -11,7 +11,6 @@ from frazil.maths.sphere import (
     angular_step,
     direction_vectors,
     directions,
-    fine_angles,
     fine_shifts,
     next_perturbation,
     perturbation_matrix,
@@ -69,30 +68,6 @@ def test_psi_grid_has_the_opposite_of_every_angle() -> None:
         opposite = (psi + 180) % 360
         assert torch.allclose(opposite.sort().values, psi, atol=1e-9)
     assert len(psi_angles(15.0)) == 24 and len(psi_angles(7.1)) == 52
-
-
-def test_fine_angles_are_nest_children_times_in_plane_children() -> None:
-    pixel, psi = torch.tensor([5, 191]), torch.tensor([3, 23])
-    fine = fine_angles(pixel, psi, 2, 24, 1)
-    assert fine.shape == (2, 8, 3)
-    torch.testing.assert_close(fine[0, ::2, :2], directions(3)[20:24])
-    torch.testing.assert_close(fine[0, :2, 2], torch.tensor([41.25, 48.75], dtype=torch.float64))
-    torch.testing.assert_close(fine[..., 2].mean(1), psi.double() * 15)  # the mean of the children is the parent
-    same = fine_angles(pixel, psi, 2, 24, 0)
-    torch.testing.assert_close(same[:, 0], torch.cat([directions(2)[pixel], psi.double()[:, None] * 15], 1))
-    assert fine_angles(pixel, psi, 2, 24, 2).shape == (2, 64, 3)
-
-
-def test_fine_grid_is_no_coarser_than_its_step(rng: torch.Generator) -> None:
-    """Children of neighbours cover SO(3): a random rotation near a coarse sample is within a fine step of some child."""
-    pixel, psi = (g.reshape(-1) for g in torch.meshgrid(torch.arange(192), torch.arange(24), indexing="ij"))
-    coarse = euler_to_matrix(torch.cat([directions(2)[pixel], psi.double()[:, None] * 15], 1))
-    fine = euler_to_matrix(fine_angles(pixel, psi, 2, 24, 1))
-    target = euler_to_matrix(torch.rand(10, 3, generator=rng, dtype=torch.float64) * torch.tensor([360.0, 180.0, 360.0]))
-    for t in target:
-        near = rotation_angle(coarse, t).argsort()[:40]
-        best = rotation_angle(fine[near].reshape(-1, 3, 3), t).min()
-        assert best < 1.2 * angular_step(3)
 
 
 def test_perturbation_is_one_rigid_rotation() -> None:

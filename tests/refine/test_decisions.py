@@ -9,7 +9,7 @@ import torch
 
 from frazil.maths import sphere
 from frazil.maths.fourier import half_volume_radii
-from frazil.maths.rotation import random_rotations, rotation_angle
+from frazil.maths.rotation import euler_to_matrix, matrix_to_euler, random_rotations, rotation_angle
 from frazil.maths.symmetry import operators
 from frazil.refine.convergence import Progress, coarse_window, first_below, next_sampling, resolution_shell_of, window_size
 from frazil.refine.maximization import averages, fsc_of_averages, gold_standard_spectra, wiener
@@ -115,3 +115,29 @@ def test_neighbours_by_products_are_those_by_tree(rng: torch.Generator) -> None:
             view, direction = find(vectors, views, 4, reach)
             pairs.append(sorted(zip(view.tolist(), direction.tolist(), strict=True)))
         assert pairs[0] == pairs[1]
+
+
+def test_children_are_nest_children_times_in_plane_children() -> None:
+    """Spec 6.1: sub-pixels slow, in-plane children fast; the children's mean is the parent."""
+    grid = make_grid(Sampling(order=2, offset_range=0, offset_step=1, factor=0.0))
+    assert grid.n_psi == 24 and grid.children == 8
+    o, child = torch.tensor([5 * 24 + 3]), torch.arange(8)
+    fine = matrix_to_euler(grid.fine_rotations(o.expand(8), child))
+    torch.testing.assert_close(fine[::2, :2], sphere.directions(3)[20:24])
+    torch.testing.assert_close(fine[:2, 2], torch.tensor([41.25, 48.75], dtype=torch.float64))
+    flat = make_grid(Sampling(order=2, offset_range=0, offset_step=1, factor=0.0, flat=True, psi_step=12.0))
+    turned = matrix_to_euler(flat.fine_rotations(torch.tensor([2, 2]), torch.arange(2)))
+    assert flat.children == 2 and flat.n_psi == 30
+    torch.testing.assert_close(turned[:, 2], torch.tensor([21.0, 27.0], dtype=torch.float64))
+
+
+def test_children_cover_the_rotations_no_coarser_than_their_step(rng: torch.Generator) -> None:
+    """A random rotation near a coarse sample is within a fine step of some child."""
+    grid = make_grid(Sampling(order=2, offset_range=0, offset_step=1, factor=0.0))
+    every = torch.arange(grid.orientations)
+    coarse = grid.coarse_rotations(every)
+    target = euler_to_matrix(torch.rand(10, 3, generator=rng, dtype=torch.float64) * torch.tensor([360.0, 180.0, 360.0]))
+    for t in target:
+        near = rotation_angle(coarse, t).argsort()[:40]
+        fine = grid.fine_rotations(near.repeat_interleave(8), torch.arange(8).repeat(40))
+        assert rotation_angle(fine, t).min() < 1.2 * sphere.angular_step(3)

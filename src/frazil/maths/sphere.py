@@ -38,25 +38,6 @@ def psi_angles(step: float) -> Tensor:
     return torch.arange(n, dtype=torch.float64) * (360.0 / n)
 
 
-def fine_angles(pixel: Tensor, psi: Tensor, order: int, n_psi: int, oversampling: int) -> Tensor:
-    """(…, 8^q, 3) rot, tilt, psi in degrees of the children of coarse samples (spec 6.1).
-
-    pixel: (…) NEST index at `order`; psi: (…) index on the in-plane grid of n_psi angles. The 4^q sub-pixels are the slow index,
-    the 2^q in-plane children the fast one. q = 0 gives the sample itself.
-    """
-    q = oversampling
-    sub, fast = 4**q, 2**q
-    child = pixel[..., None] * sub + torch.arange(sub, device=pixel.device)
-    table = directions(order + q).to(pixel.device)
-    rot_tilt = table[child]  # (…, sub, 2)
-    step = 360.0 / n_psi
-    offsets = step * ((torch.arange(fast, dtype=torch.float64, device=pixel.device) + 0.5) / fast - 0.5)
-    inplane = psi[..., None].double() * step + offsets  # (…, fast)
-    shape = (*pixel.shape, sub, fast)
-    angles = torch.cat([rot_tilt[..., :, None, :].expand(*shape, 2), inplane[..., None, :, None].expand(*shape, 1)], -1)
-    return angles.reshape(*pixel.shape, sub * fast, 3)
-
-
 def perturbation_matrix(instance: float, order: int) -> Tensor:
     """(3, 3) float64 rigid rotation R(ρΔ, ρΔ, ρΔ) applied on the map side to the whole grid: A → A·R (spec 2.9)."""
     angle = instance * angular_step(order)
