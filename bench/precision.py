@@ -111,8 +111,8 @@ def curves(a: torch.Tensor, b: torch.Tensor, shells: int) -> float:
     return worst
 
 
-def compare(name: str, given: tuple, device: str, ahead: int) -> dict[str, Any]:
-    """One iteration after `ahead` of them, by both; then whole runs by both."""
+def compare(name: str, given: tuple, device: str, ahead: int, runs: bool) -> dict[str, Any]:
+    """One iteration after `ahead` of them, by both; then, with `runs`, whole runs by both."""
     images, particles, reference, pixel_size, params = given
     fast = a_job(Stored(images), particles, params, device, torch.float32)
     exact = a_job(Stored(images), particles, params, "cpu", torch.float64)
@@ -130,8 +130,9 @@ def compare(name: str, given: tuple, device: str, ahead: int) -> dict[str, Any]:
         "log_likelihood_relative": abs(a.model.log_likelihood - b.model.log_likelihood) / abs(b.model.log_likelihood),
         "sigma2_relative": float((a.model.sigma2[0] / b.model.sigma2[0] - 1).abs().max()),
     }  # fmt: skip
-    seconds = []
-    finals = []
+    if not runs:
+        return row
+    seconds, finals = [], []
     for job in (fast, exact):
         start = time.perf_counter()
         last = initial_state(job, particles, reference[None], pixel_size)
@@ -154,12 +155,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--no-runs", action="store_true", help="single iterations only")
     parser.add_argument("--write", type=Path, nargs="?", const=RESULTS)
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     for which, given in sets(args.data).items():
         for ahead in (2, 5):
-            row = {"bench": "precision", "commit": source_commit(), "device": name, **compare(which, given, args.device, ahead)}
+            found = compare(which, given, args.device, ahead, runs=ahead == 2 and not args.no_runs)
+            row = {"bench": "precision", "commit": source_commit(), "device": name, **found}
             print({k: v for k, v in row.items() if k != "run_fsc"}, flush=True)
             if args.write:
                 with args.write.open("a") as file:
