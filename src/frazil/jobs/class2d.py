@@ -1,7 +1,6 @@
 """frazil class2d: particles in, class averages out, with no reference. Files around steps/class2d.py."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from torch import Tensor
 
 from frazil.data import BadInput
 from frazil.io.mrc import read_mrc
-from frazil.io.particles import ParticleSet, match_by_image_name
+from frazil.io.particles import ParticleSet
 from frazil.jobs.class_report import class_report
-from frazil.jobs.classify_files import Output, pack_state, part_of, read_classification, resolutions, unpack_state
-from frazil.jobs.classify_run import check_counts, check_poses, device_errors, kept_settings, run_iterations
+from frazil.jobs.classify_files import Output, pack_state, part_of, resolutions, unpack_state
+from frazil.jobs.classify_run import check_counts, check_poses, continued, device_errors, run_iterations
 from frazil.jobs.inputs import PIXEL_TOLERANCE
 from frazil.jobs.particles_input import Subset, memory_budget, open_checked, read_table, tick, usable_particles, warn_of_oddities
-from frazil.jobs.refine_files import beside
 from frazil.jobs.run import Run
 from frazil.refine.gradient import Moments
 from frazil.refine.parallel import world_of_environment
@@ -99,42 +97,18 @@ def first_look(params: Params) -> tuple[ClassifyState | None, Params, ParticleSe
     """(state to continue, parameters completed from it, particles): what can be told without images."""
     state = None
     if params.continue_ is not None:
-        state, table, params = continued(params)
+        if params.method == "vdam":
+            only = "a gradient run goes on with --resume only, which keeps its momenta"
+            raise BadInput(f"{params.continue_}: {only}; with --continue give --method em")
+        state, table, params, general = continued(params, 2)
+        if "center_classes" not in params.model_fields_set and "rlnDoCenterClasses" in general:
+            params = params.model_copy(update={"center_classes": bool(int(general["rlnDoCenterClasses"]))})
     elif params.particles is None:
         raise BadInput("PARTICLES is missing; give a particle STAR file, or --continue with the optimiser.star of an iteration")
     else:
         table = read_table(params.particles)
     check_poses(params, table)
     return state, params, table
-
-
-def continued(params: Params) -> tuple[ClassifyState, ParticleSet, Params]:
-    """The state, particles and completed parameters of --continue."""
-    path = params.continue_
-    assert path is not None
-    if params.reference is not None:
-        raise BadInput(f"--continue goes on with the averages of {path}; leave --reference out")
-    if params.method == "vdam":
-        raise BadInput(f"{path}: a gradient run goes on with --resume only, which keeps its momenta; with --continue give --method em")
-    state, table, general = read_classification(path, Path.cwd())
-    if state.model.maps.ndim != 3:
-        raise BadInput(f"{path}: is of a 3D classification; `frazil class3d` continues it")
-    if params.particles is not None:
-        given = read_table(params.particles)
-        i, _ = match_by_image_name(given, table)
-        if len(i) != len(given) or len(given) != len(table):
-            held = f"{len(i)} of its {len(given)} particles are among the {len(table)}"
-            raise BadInput(f"{params.particles}: {held} of {path}; leave it out to go on with those")
-    if "classes" in params.model_fields_set and params.classes != state.model.classes:
-        raise BadInput(f"{path}: has {state.model.classes} classes, --classes is {params.classes}; leave that out")
-    find: Callable[[str], Path] = lambda label: beside(path, Path.cwd(), general[label])  # noqa: E731
-    kept = kept_settings(params, general, find("rlnModelStarFile"), find("rlnOrientSamplingStarFile"), state.model.pixel_size)
-    if "center_classes" not in params.model_fields_set and "rlnDoCenterClasses" in general:
-        kept["center_classes"] = bool(int(general["rlnDoCenterClasses"]))
-    params = params.model_copy(update={**kept, "classes": state.model.classes})
-    if state.progress.iteration >= (params.iterations or 25):
-        raise BadInput(f"{path}: iteration {state.progress.iteration} is done, --iterations is {params.iterations}; raise it")
-    return state, table, params
 
 
 def read_averages(path: Path, classes: int, box: int, pixel_size: float) -> Tensor:

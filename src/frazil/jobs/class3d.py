@@ -10,11 +10,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from frazil.data import BadInput, Particles, Volume
-from frazil.io.particles import ParticleSet, match_by_image_name
+from frazil.io.particles import ParticleSet
 from frazil.io.star import read_star
 from frazil.jobs.class_report import class_report
-from frazil.jobs.classify_files import Output, part_of, read_classification, resolutions, seeded_anew, unpack_state
-from frazil.jobs.classify_run import check_counts, check_poses, device_errors, kept_settings, placed, run_iterations
+from frazil.jobs.classify_files import Output, part_of, resolutions, seeded_anew, unpack_state
+from frazil.jobs.classify_run import check_counts, check_poses, continued, device_errors, placed, run_iterations
 from frazil.jobs.inputs import check_same_grid, check_symmetry, read_cube, read_mask_for
 from frazil.jobs.particles_input import (
     Subset,
@@ -98,34 +98,10 @@ def first_look(params: Params) -> tuple[ClassifyState | None, Params, ParticleSe
             raise BadInput(f"{missing} is missing; give both, or --continue with the optimiser.star of an iteration")
         table = read_table(params.particles)
     else:
-        state, table, params = continued(params)
+        state, table, params, _ = continued(params, 3)
     check_symmetry(params.symmetry)
     check_poses(params, table, params.sigma_ang is not None)
     return state, params, table
-
-
-def continued(params: Params) -> tuple[ClassifyState, ParticleSet, Params]:
-    """The state, particles and completed parameters of --continue."""
-    assert params.continue_ is not None
-    if params.reference is not None:
-        raise BadInput(f"--continue goes on with the maps of {params.continue_}; leave --reference out")
-    state, table, general = read_classification(params.continue_, Path.cwd())
-    if state.model.maps.ndim != 4:
-        raise BadInput(f"{params.continue_}: is of a 2D classification; `frazil class2d` continues it")
-    if params.particles is not None:
-        given = read_table(params.particles)
-        i, _ = match_by_image_name(given, table)
-        if len(i) != len(given) or len(given) != len(table):
-            held = f"{len(i)} of its {len(given)} particles are among the {len(table)}"
-            raise BadInput(f"{params.particles}: {held} of {params.continue_}; leave it out to go on with those")
-    if "classes" in params.model_fields_set and params.classes != state.model.classes:
-        raise BadInput(f"{params.continue_}: has {state.model.classes} classes, --classes is {params.classes}; leave that out")
-    find = lambda label: beside(params.continue_ or Path(), Path.cwd(), general[label])  # noqa: E731
-    kept = kept_settings(params, general, find("rlnModelStarFile"), find("rlnOrientSamplingStarFile"), state.model.pixel_size)
-    params = params.model_copy(update={**kept, "classes": state.model.classes})
-    if state.progress.iteration >= params.iterations:
-        raise BadInput(f"{params.continue_}: iteration {state.progress.iteration} is done, --iterations is {params.iterations}; raise it")
-    return state, table, params
 
 
 def reference_files(params: Params) -> tuple[list[Path], Params]:

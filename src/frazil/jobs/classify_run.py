@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from frazil.data import BadInput, Images, Particles
-from frazil.io.particles import ANGLES, ParticleSet
+from frazil.io.particles import ANGLES, ParticleSet, match_by_image_name
 from frazil.io.star import read_star
-from frazil.jobs.classify_files import Output, host_copy, pack_state, resolutions, write_iteration
-from frazil.jobs.particles_input import Subset, peak_memory
+from frazil.jobs.classify_files import Output, host_copy, pack_state, read_classification, resolutions, write_iteration
+from frazil.jobs.particles_input import Subset, peak_memory, read_table
+from frazil.jobs.refine_files import beside
 from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
 from frazil.refine.planner import keep_on_device
@@ -146,6 +147,30 @@ def record(run: Run, state: ClassifyState) -> None:
         else:
             run.warn(f"class {k + 1} is empty after iteration {p.iteration}: its map is zero from now on; fewer --classes may do, or "
                      f"--reseed-below 0.05 starts such classes anew")  # fmt: skip
+
+
+def continued(params: Any, dims: int) -> tuple[ClassifyState, ParticleSet, Any, dict[str, str]]:
+    """(state, particles, completed parameters, entries of the optimiser.star) of --continue; dims: 2 or 3, of the references."""
+    path: Path = params.continue_
+    if params.reference is not None:
+        raise BadInput(f"--continue goes on with the references of {path}; leave --reference out")
+    state, table, general = read_classification(path, Path.cwd())
+    if state.model.maps.ndim != dims + 1:
+        raise BadInput(f"{path}: is of a {5 - dims}D classification; `frazil class{5 - dims}d` continues it")
+    if params.particles is not None:
+        given = read_table(params.particles)
+        i, _ = match_by_image_name(given, table)
+        if len(i) != len(given) or len(given) != len(table):
+            held = f"{len(i)} of its {len(given)} particles are among the {len(table)}"
+            raise BadInput(f"{params.particles}: {held} of {path}; leave it out to go on with those")
+    if "classes" in params.model_fields_set and params.classes != state.model.classes:
+        raise BadInput(f"{path}: has {state.model.classes} classes, --classes is {params.classes}; leave that out")
+    find: Callable[[str], Path] = lambda label: beside(path, Path.cwd(), general[label])  # noqa: E731
+    kept = kept_settings(params, general, find("rlnModelStarFile"), find("rlnOrientSamplingStarFile"), state.model.pixel_size)
+    params = params.model_copy(update={**kept, "classes": state.model.classes})
+    if state.progress.iteration >= (params.iterations or 25):
+        raise BadInput(f"{path}: iteration {state.progress.iteration} is done, --iterations is {params.iterations}; raise it")
+    return state, table, params, general
 
 
 def kept_settings(params: ClassifyParams, general: dict[str, str], model: Path, sampling: Path, pixel_size: float) -> dict[str, Any]:
