@@ -11,6 +11,7 @@ smooth terms B with a ridge. Newton steps use the expected information; the two 
 """
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -340,20 +341,22 @@ def _choose_prior(old: _Prior, normal: Tensor, target: Tensor, smooth: bool) -> 
     if frames < 4 and not terms:
         return old
     accelerations = ACCELERATIONS if smooth and frames >= 4 else ACCELERATIONS[-1:]
-    best, values = old, {}
-    for size in LOCAL_SIZES if terms else LOCAL_SIZES[:1]:
-        for acceleration in accelerations:
-            for early in EARLY if smooth else EARLY[:1]:
-                prior = _Prior.make(frames, terms, old.patches, acceleration, size, early)
-                factor = torch.linalg.cholesky(normal + prior.matrix)
-                fitted = torch.linalg.solve_triangular(factor, target, upper=False).square().sum()
-                # Two axes share the widths: their determinants count twice.
-                value = prior.log_determinant() - 2 * float(factor.diagonal().log().sum()) + 0.5 * float(fitted)
-                if not values or value > max(values.values()):
-                    best = prior
-                values[size, acceleration, early] = value
-    none = max((v for key, v in values.items() if key[0] == LOCAL_SIZES[0]), default=0.0)
-    return replace(best, gain=max(values.values()) - none)
+    widths = list(itertools.product(LOCAL_SIZES if terms else LOCAL_SIZES[:1], accelerations, EARLY if smooth else EARLY[:1]))
+    size, acceleration, early = (torch.tensor(column, dtype=torch.float64) for column in zip(*widths, strict=True))
+    shapes = {value: _Prior.make(frames, 0, old.patches, 1.0, 1.0, value) for value in EARLY}
+    matrix = normal.repeat(len(widths), 1, 1)
+    matrix[:, :frames, :frames] += torch.stack([shapes[e].matrix for _, _, e in widths]) / acceleration.square()[:, None, None]
+    precision = 1 / (size.square() * frames * old.patches)
+    matrix.diagonal(dim1=1, dim2=2)[:, frames:] += precision[:, None]
+    factor = torch.linalg.cholesky(matrix)
+    fitted = torch.linalg.solve_triangular(factor, target.expand(len(widths), *target.shape), upper=False).square().sum((1, 2))
+    determinant = torch.tensor([shapes[e].log_determinant() for _, _, e in widths], dtype=torch.float64)
+    determinant += -2 * max(frames - 2, 0) * acceleration.log() + terms * precision.log()
+    # Two axes share the widths: their determinants count twice.
+    value = determinant - 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * fitted
+    best = widths[int(value.argmax())]
+    prior = _Prior.make(frames, terms, old.patches, best[1], best[0], best[2])
+    return replace(prior, gain=float(value.max() - value[size == LOCAL_SIZES[0]].max()))
 
 
 def _trust(state: _State, old: Tensor) -> Tensor:

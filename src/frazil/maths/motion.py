@@ -31,7 +31,9 @@ def polynomial_basis(z: Tensor, place: Tensor) -> Tensor:
 def local_shift(coefficients: Tensor, frames: int, place: Tensor) -> Tensor:
     """(f, p, 2) xy shifts in px of the polynomial with coefficients (2, 18) for frames 0 … f − 1 at places (p, 2)."""
     z = torch.arange(frames, dtype=coefficients.dtype, device=coefficients.device)
-    return polynomial_basis(z, place.to(coefficients)) @ coefficients.T
+    powers = torch.stack([z, z**2, z**3])
+    in_space = coefficients.reshape(2, SPACE_TERMS, TIME_TERMS) @ powers  # (2, 6, f)
+    return (space_terms(place.to(coefficients)) @ in_space).permute(2, 1, 0)
 
 
 def total_shift(track: Tensor, coefficients: Tensor | None, place: Tensor) -> Tensor:
