@@ -38,7 +38,13 @@ def soft_sphere(
     box: int, radius_px: float, edge_px: float, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(N, N, N) weights of a sphere: 1 inside, raised cosine to 0 at radius + edge."""
-    return soft_edge(radii(box, 3, device, dtype), radius_px, edge_px)
+    # Some planes at a time: a box of 400 px would take five times the mask's memory at once.
+    line = (torch.arange(box, device=device, dtype=dtype) - box // 2).square()
+    plane, out = line[:, None] + line, torch.empty(box, box, box, device=device, dtype=dtype)
+    for rows in torch.arange(box).split(max(1, (1 << 23) // plane.numel())):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        out[part] = soft_edge((line[part, None, None] + plane).sqrt(), radius_px, edge_px)
+    return out
 
 
 def _filled(data: Tensor, weight: Tensor) -> Tensor:
