@@ -135,10 +135,12 @@ def test_what_is_refused(project: Path, capsys, tmp_path_factory) -> None:
         (["none*.tif"], "no such file"),
         (["Movies/m_1.tif"], "--pixel-size: neither"),
         (["Movies/m_1.tif", "--pixel-size", "1", "--optics-group", "a b"], "other characters"),
-        ([str(outside / "a.mrcs")], "lies outside this folder"),
         (["Movies/m_1.tif", "--pixel-size", "1", "--kind", "particles"], ""),
     ):
         assert imported(*options) == 2
         assert said in capsys.readouterr().err
+    assert imported(str(outside / "a.mrcs"), output="whole") == 0
+    assert "1 of 1 files lie outside this folder" in (project / "whole" / "log.txt").read_text()
+    assert read_movies("whole/movies.star").names == (str(outside / "a.mrcs"),)
     assert imported(str(outside / "a.mrcs"), "--link") == 0
     assert read_movies("out/movies.star").file(0).resolve() == (outside / "a.mrcs").resolve()

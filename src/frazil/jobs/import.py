@@ -190,6 +190,12 @@ def _import_images(params: Params, run: Run, kind: str, paths: list[Path], found
         found.paths.append(path)
         found.shapes.append(shape)
         found.pixels.append(pixel)
+    outside = [name for name in found.names if Path(name).is_absolute()]
+    if outside and not params.link:
+        run.warn(
+            f"{len(outside)} of {len(found.names)} files lie outside this folder ({outside[0]}, …) and are named by their whole paths: "
+            f"a project moved to another machine loses them; --link makes links in {run.path}"
+        )
     _compare_shapes(found)
     optics, group = _optics(params, run, kind, found)
     group = group[_report_problems(params, run, found, bool(before))]
@@ -227,12 +233,12 @@ def _earlier(params: Params, kind: str) -> dict[str, str]:
 
 
 def project_name(path: Path, run: Run, link: bool) -> str:
-    """How a file is named in STAR files: relative to this folder. Raises BadInput for files outside of it, unless they are linked to."""
+    """How a file is named in STAR files: relative to this folder; outside of it by its whole path, or by a link in the run directory."""
     full, here = path.absolute(), Path.cwd()
     if full.is_relative_to(here) and ".." not in full.relative_to(here).parts:
         return str(full.relative_to(here))
     if not link:
-        raise BadInput(f"{path}: lies outside this folder, so a moved project would lose it; start in the project folder, or give --link")
+        return str(full)
     folder = run.path / "links"
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / path.name
