@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 JOBS = {
     "import": "register movies, micrographs, particles, maps",
     "motion": "align movie frames: dose-weighted micrographs",
+    "ctf": "defocus and astigmatism of micrographs from their Thon rings",
     "pick": "find particles: templates, views of a map, or blobs",
     "pick-evaluate": "recall and false discovery of picks against truth",
     "coordinates": "convert positions: STAR, .box, .cs, .cbox, CSV",
     "extract": "cut particles out of micrographs, normalised",
+    "select": "choose particles, classes or micrographs; join, split, drop copies",
     "class2d": "sort particles into class averages, no reference",
     "class3d": "sort particles into several maps",
     "refine3d": "refine a map from particles: gold standard",

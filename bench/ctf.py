@@ -1,0 +1,195 @@
+"""CTF estimation: accuracy on simulated and real micrographs, time on CPU and GPU.
+
+    python bench/ctf.py simulated [--count 24]       defocus 0.3-4 µm, astigmatism 0-2000 Å, 20-40 e/Å²: bias, spread, angles
+    python bench/ctf.py noise [--count 24]           counts without rings: how many are taken for a CTF, highest score
+    python bench/ctf.py phase-plate [--count 12]     phase shifts 0-180° found together with the defocus
+    python bench/ctf.py real                         power_spectra_10204 against CTFFIND, halves of apoferritin and Krios micrographs
+    python bench/ctf.py time [--device cuda]         seconds a 4096² micrograph, estimate alone; on a GPU checked against the CPU first
+
+--write appends a line to results/ctf.jsonl. Everything but `real` makes its own data and needs torch and numpy only.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from frazil.data import Optics  # noqa: E402
+from frazil.simulate.ctf import CtfMicrographSettings, noise_micrograph, simulate_ctf_micrograph  # noqa: E402
+from frazil.steps.ctf import (  # noqa: E402
+    CtfResult,
+    CtfSettings,
+    estimate_ctf,
+    micrograph_spectrum,
+    saved_spectrum,
+    tile_bins,
+    tile_layout,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+PIXELS = (0.85, 1.0, 1.2)
+Row = dict[str, object]
+
+
+def found_in(image: torch.Tensor, optics: Optics, settings: CtfSettings) -> CtfResult:
+    """The CTF of a micrograph."""
+    return estimate_ctf(micrograph_spectrum(image, optics.pixel_size, settings), optics, settings)
+
+
+def turned(angle: float) -> float:
+    """An angle brought into [−90, 90)."""
+    return (angle + 90) % 180 - 90
+
+
+def simulated(args: argparse.Namespace, phase_plate: bool = False) -> Row:
+    """Errors of the mean defocus, of astigmatism and of its angle."""
+    rng = torch.Generator().manual_seed(args.seed)
+    settings = CtfSettings(phase_plate=phase_plate)
+    defocus, astigmatism, angles, phases, lost = [], [], [], [], 0
+    for i in range(args.count):
+        draw = torch.rand(5, generator=rng).tolist()
+        optics = Optics(PIXELS[i % len(PIXELS)])
+        mean = 3000 * (40000 / 3000) ** draw[0]  # as many below 1.1 µm as above
+        size = min(2000 * draw[1], 2 * (mean - 1500))
+        angle, phase = 180 * draw[2] - 90, 180 * draw[4] if phase_plate else 0.0
+        truth = torch.tensor([mean + size / 2, mean - size / 2, angle], dtype=torch.float64)
+        made = CtfMicrographSettings((args.side, args.side), dose=20 + 20 * draw[3], seed=args.seed * 1000 + i)
+        result = found_in(simulate_ctf_micrograph(optics, made, truth, phase), optics, settings)
+        u, v, turn = result.defocus.tolist()
+        off = (u + v) / 2 - mean
+        print(f"{optics.pixel_size} Å, {made.dose:.0f} e/Å²: defocus {mean:6.0f} {off:+6.1f} (expected {result.error[0]:.1f}), astigmatism "
+              f"{size:5.0f} {u - v - size:+6.1f}, angle {angle:+4.0f} {turned(turn - angle):+5.2f}, rings to {result.resolution:.2f} Å"
+              + (f", phase {phase:.0f} {turned(result.phase_shift - phase):+.1f}" if phase_plate else ""), flush=True)  # fmt: skip
+        lost += not result.found
+        defocus.append(off)
+        astigmatism.append(u - v - size)
+        phases.append(turned(result.phase_shift - phase))
+        if size > 300:
+            angles.append(abs(turned(turn - angle)))
+    row: Row = {"what": "phase plate" if phase_plate else "simulated", "shape": [args.side, args.side], "count": args.count,
+                "not_found": lost, "bias": statistics.mean(defocus), "sd": statistics.stdev(defocus), "worst": max(map(abs, defocus)),
+                "astigmatism_bias": statistics.mean(astigmatism), "astigmatism_sd": statistics.stdev(astigmatism),
+                "angle_rms": math.sqrt(statistics.mean(a * a for a in angles)), "angle_worst": max(angles)}  # fmt: skip
+    return row | ({"phase_bias": statistics.mean(phases), "phase_sd": statistics.stdev(phases)} if phase_plate else {})
+
+
+def noise(args: argparse.Namespace) -> Row:
+    """How many micrographs without rings are taken for a CTF."""
+    results = []
+    for i in range(args.count):
+        made = CtfMicrographSettings((args.side, args.side), dose=20 + 20 * (i % 2), inelastic=(0.0, 0.03, 0.1)[i % 3], seed=args.seed + i)
+        optics = Optics(PIXELS[i % len(PIXELS)])
+        results.append(found_in(noise_micrograph(optics, made), optics, CtfSettings()))
+    return {"what": "noise", "count": args.count, "shape": [args.side, args.side], "found": sum(r.found for r in results),
+            "score_max": max(r.score for r in results), "fom_max": max(abs(r.fom) for r in results)}  # fmt: skip
+
+
+def real(args: argparse.Namespace) -> list[Row]:
+    """Agreement with CTFFIND, and of halves with each other: left and right, top and bottom, interleaved tiles."""
+    from frazil.io.mrc import read_mrc
+    from frazil.io.star import read_star
+
+    settings, rows = CtfSettings(), []
+    table = read_star(DATA / "power_spectra_10204" / "reference_ctf.star")["micrographs"]
+    mean, astigmatism = [], []
+    for row in table.to_dict("records"):  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        saved = read_mrc(DATA / "power_spectra_10204" / str(row["rlnMicrographName"]).replace(".mrc", "_PS.mrc"))
+        result = estimate_ctf(saved_spectrum(saved.data[0], saved.pixel_size, settings), Optics(0.885, 0, 200.0, 1.4), settings)
+        u, v, _ = result.defocus.tolist()
+        mean.append((u + v - row["rlnDefocusU"] - row["rlnDefocusV"]) / 2)
+        astigmatism.append(u - v - row["rlnDefocusU"] + row["rlnDefocusV"])
+    rows.append({"what": "power_spectra_10204", "median": statistics.median(map(abs, mean)), "worst": max(map(abs, mean)),
+                 "astigmatism_median": statistics.median(map(abs, astigmatism))})  # fmt: skip
+    images = sorted((DATA / "apoferritin_10146").glob("*.mrc")) + [Path(p) for p in args.images]
+    for path in images:
+        found = read_mrc(path)
+        optics = Optics(found.pixel_size, cs=0.0 if "10146" in str(path) else 2.7)
+        image = found.data[0]
+        spectrum = micrograph_spectrum(image, optics.pixel_size, settings)
+        h, w = image.shape
+        parts = [image, image[:, : w // 2], image[:, w // 2 :], image[: h // 2], image[h // 2 :]]
+        results = [estimate_ctf(spectrum, optics, settings), *(found_in(part, optics, settings) for part in parts[1:])]
+        odd, even = (estimate_ctf(replace(spectrum, tiles=t, place=spectrum.place[i::2]), optics, settings) for i, t in
+                     ((0, spectrum.tiles[::2]), (1, spectrum.tiles[1::2])))  # fmt: skip
+        m = [float(r.defocus[:2].mean()) for r in (*results, odd, even)]
+        rows.append({"what": path.name, "defocus": m[0], "error": results[0].error[0], "resolution": results[0].resolution,
+                     "left-right": m[1] - m[2], "top-bottom": m[3] - m[4], "error_half": results[1].error[0],
+                     "interleaved": m[5] - m[6], "tilt": list(results[0].tilt)})  # fmt: skip
+    return rows
+
+
+def timing(args: argparse.Namespace) -> Row:
+    """Seconds a micrograph of counts (uint8), moved to the device each time; pictures and files are not in it."""
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    optics, settings = Optics(1.0), CtfSettings()
+    truth = torch.tensor([15400.0, 14900.0, 35.0], dtype=torch.float64)
+    image = simulate_ctf_micrograph(optics, CtfMicrographSettings((4096, 4096), seed=3), truth).clamp(max=255).to(torch.uint8)
+    side = tile_layout((4096, 4096), optics.pixel_size)[0]
+    bins = {str(d): tile_bins(side, optics.pixel_size, settings, d) for d in {torch.device("cpu"), device}}
+
+    def once(where: torch.device) -> CtfResult:
+        return estimate_ctf(micrograph_spectrum(image, optics.pixel_size, settings, where, bins[str(where)]), optics, settings)
+
+    row: Row = {"what": "time", "shape": [4096, 4096], "device": str(device), "threads": args.threads}
+    here = once(device)
+    if device.type == "cuda":
+        there = once(torch.device("cpu"))
+        row["difference_to_cpu"] = float((here.defocus - there.defocus).abs().max())
+        if float((here.defocus - there.defocus)[:2].abs().max()) > 5:
+            raise SystemExit(f"GPU and CPU differ: {here.defocus.tolist()} {there.defocus.tolist()}")
+        image = image.pin_memory()
+        row["gpu"] = torch.cuda.get_device_name()
+    row["error"] = float(here.defocus[:2].mean() - truth[:2].mean())
+    seconds, spectrum, used = [], [], []
+    for _ in range(args.repeats):
+        start, cpu = time.perf_counter(), time.process_time()
+        made = micrograph_spectrum(image, optics.pixel_size, settings, device, bins[str(device)])
+        float(made.tiles.sum())
+        spectrum.append(time.perf_counter() - start)
+        estimate_ctf(made, optics, settings)
+        seconds.append(time.perf_counter() - start)
+        used.append(time.process_time() - cpu)
+    return row | {"seconds": statistics.median(seconds), "seconds_best": min(seconds), "seconds_spectrum": statistics.median(spectrum),
+                  "cpu_seconds": statistics.median(used)}  # fmt: skip
+
+
+def main() -> None:
+    """Run what the command line names and print a line of figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("simulated", "noise", "phase-plate", "real", "time"))
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--side", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--images", nargs="*", default=[], help="further micrographs of 300 kV for `real`")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    works = {"simulated": simulated, "noise": noise, "phase-plate": lambda a: simulated(a, True), "real": real, "time": timing}
+    rows = works[args.what](args)
+    for row in rows if isinstance(rows, list) else [rows]:
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        line = json.dumps({"commit": commit, "machine": platform.processor() or platform.machine(), **row})
+        print(line)
+        if args.write:
+            with open(ROOT / "bench" / "results" / "ctf.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
