@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -55,7 +56,10 @@ def main() -> None:
         "--device", args.device, "--seed", 1, "--output", run,
     ]  # fmt: skip
     start = time.perf_counter()
-    subprocess.run([str(part) for part in command], check=True, cwd=args.folder)
+    here = str(Path(__file__).resolve().parents[1] / "src")
+    paths = [here, *(str(Path(part).resolve()) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run([str(part) for part in command], check=True, cwd=args.folder, env=environment)
     seconds = time.perf_counter() - start
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     iterations = [event["seconds"] for event in events if event["event"] == "iteration"]

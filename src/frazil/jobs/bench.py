@@ -187,7 +187,7 @@ def coarse_work(job: ClassifyJob, state: ClassifyState, on_gpu: bool) -> tuple[f
     frame = make_frame(state.particles.optics[0], state.progress.size, model.box, model.pixel_size, job.engine)
     p, h = frame.coarse_inside(state.progress.coarse_size), len(grid.first_half()) * model.classes
     rows = len(job.world.share(len(state.particles))) * len(grid.shifts)
-    m, inner = min(rows, 1 << 15), -(-p // 16) * 16
+    m, inner = min(rows, 1 << 13), -(-p // 16) * 16
     device = job.engine.device
     a, b = torch.randn(m, inner, device=device), torch.randn(h, inner, device=device)
     before, best = torch.backends.cuda.matmul.fp32_precision, float("inf")
@@ -203,8 +203,8 @@ def coarse_work(job: ClassifyJob, state: ClassifyState, on_gpu: bool) -> tuple[f
 
 
 def copy_rate(device: str) -> float:
-    """GB/s, read and written, of a plain copy of 1 GB (0.1 GB on a CPU)."""
-    x = torch.empty((1 << 28) if device.startswith("cuda") else (1 << 24), device=device)
+    """GB/s, read and written, of a plain copy of 256 MB (64 MB on a CPU)."""
+    x = torch.empty((1 << 26) if device.startswith("cuda") else (1 << 24), device=device)
     y, best = torch.zeros_like(x), float("inf")
     for _ in range(4):
         wait(device)
