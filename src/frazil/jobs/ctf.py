@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -176,9 +177,11 @@ def is_done(files: Sequence[Path]) -> bool:
 
 def _values(path: Path) -> dict[str, Any]:
     """data_ctf of a NAME_ctf.star. Raises BadInput where it is not whole."""
-    star = read_star(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rows that are cut off: counted below
+        star = read_star(path)
     found = star.get("ctf")
-    if not isinstance(found, dict) or "frazilFlags" not in found or not isinstance(star.get("equiphase_average"), pd.DataFrame):
+    if star.skipped_rows or not isinstance(found, dict) or "frazilFlags" not in found or not isinstance(star.get("equiphase_average"), pd.DataFrame):
         raise BadInput(f"{path}: is not a whole file of `frazil ctf`")
     return found
 
@@ -245,7 +248,7 @@ def _write(job: _Job, index: int, result: CtfResult) -> None:
     c = result.curves
     curves = pd.DataFrame({"rlnResolution": c.k.numpy(), "frazilEquiphaseAverage": c.average.numpy(), "frazilModel": c.model.numpy(),
                            "frazilCtf2": c.ctf2.numpy(), "frazilCorrelation": c.correlation.numpy()}).round(6).dropna()  # fmt: skip
-    write_star(star, {"ctf": values, "equiphase_average": curves}, COMMENT)
+    write_star(star, {"equiphase_average": curves, "ctf": values}, COMMENT)  # what is_done looks for comes last
 
 
 def _record(job: _Job, index: int, result: CtfResult, seconds: float) -> None:
