@@ -1,8 +1,13 @@
 """`frazil motion`: movies in, dose-weighted micrographs out, with the motion of every movie in RELION's labels."""
 from __future__ import annotations
 
+import ctypes
+import importlib
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +23,8 @@ from frazil.io.movie_table import MotionRecord, MovieTable, read_motion, read_mo
 from frazil.io.movies import EER, TIFF, Movie, open_movie
 from frazil.io.mrc import read_header, write_mrc
 from frazil.io.star import write_star
-from frazil.jobs.motion_report import write_report
 from frazil.jobs.run import Run
+from frazil.jobs.writer import Writer
 from frazil.maths.bad_pixels import ORIENTATIONS, gain_match
 from frazil.maths.motion import path_lengths
 from frazil.steps.motion import MotionResult, MotionSettings, correct_motion
@@ -29,6 +34,9 @@ HAS_RUN_DIRECTORY = True
 EXPERT: JsonDict = {"level": "expert"}
 SURE = 8.0  # standard deviations by which another orientation of the gain must be better to stop the job
 GAIN_MOVIES = 5  # looked at until the gain is recognised
+GAIN_FRAMES, GAIN_SIDE = 4, 768  # of the first look: frames, and px of the middle of the field
+KEPT_BLOCK, KEPT_FREE = 1 << 28, 1 << 29  # bytes: arrays below the first are cut from memory that is kept, up to the second of it free
+MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 COMMENT = "motion in unbinned px, rlnAccumMotion… in Å"
 
 
@@ -70,6 +78,23 @@ class Params(BaseModel):
 
 
 @dataclass(frozen=True)
+class _Movie:
+    """A movie, its frames in memory already unless it is a large one."""
+
+    file: Movie
+    frames: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows, columns."""
+        return self.file.shape
+
+    def load(self, start: int, stop: int) -> Tensor:
+        """(stop − start, H, W) frames as stored."""
+        return self.file.load(start, stop) if self.frames is None else self.frames[start:stop]
+
+
+@dataclass(frozen=True)
 class _Job:
     """What is the same for all movies."""
 
@@ -98,11 +123,18 @@ class _Job:
         p = self.params
         return open_movie(self.table.file(index), threads=self.run.threads, grouping=p.eer_grouping, upsampling=p.eer_upsampling)
 
+    def fetch(self, index: int) -> _Movie:
+        """The movie, decoded where two such movies fit into --memory."""
+        file = self.open(index)
+        small = file.shape[0] * file.shape[1] * file.shape[2] * 2 <= self.settings.memory
+        return _Movie(file, file.load(0, file.shape[0]) if small else None)
+
 
 def run(params: Params, run: Run) -> None:
     """Write micrographs, power spectra and STAR files of all movies that are not done yet, then corrected_micrographs.star and
     report.html.
     """
+    _keep_memory()
     table = read_movies(params.movies)
     if min(params.patches) < 1 or max(params.patches) > 30:
         raise BadInput(f"--patches: columns and rows from 1 to 30, got {params.patches[0]} {params.patches[1]}")
@@ -110,34 +142,60 @@ def run(params: Params, run: Run) -> None:
     _check_names(job)
     gain = _gain(job)
     failed: dict[str, str] = {}
-    done: list[int] = []
-    for index in range(len(table.names)):
-        run.progress(index, len(table.names), "movies")
-        run.check_stop()
-        if is_done(job.outputs(index)):
+    waiting = [index for index in range(len(table.names)) if not is_done(job.outputs(index))]
+    done = [index for index in range(len(table.names)) if index not in set(waiting)]
+    # One movie is read while the one before it is computed and the one before that is written.
+    with ThreadPoolExecutor(1) as reader, Writer() as writer:
+        ahead = reader.submit(job.fetch, waiting[0]) if waiting else None
+        for number, index in enumerate(waiting, 1):
+            run.progress(len(done), len(table.names), "movies")
+            run.check_stop()
+            start, fetched = time.perf_counter(), ahead
+            assert fetched is not None
+            try:
+                movie = fetched.result()
+                ahead = _read_ahead(job, reader, waiting, number)
+                result = _correct(job, index, movie, gain)
+            except BadInput as error:
+                if ahead is fetched:
+                    ahead = _read_ahead(job, reader, waiting, number)
+                said = str(error)
+                failed[table.names[index]] = said if table.names[index] in said else f"{table.names[index]}: {said}"
+                run.warn(f"left out: {failed[table.names[index]]}")
+                continue
+            writer.do(partial(_write, job, index, movie.file, result))
+            _record(job, index, movie.file, result, time.perf_counter() - start)
             done.append(index)
-            continue
-        start = time.perf_counter()
-        try:
-            movie = job.open(index)
-            result = _correct(job, index, movie, gain)
-        except BadInput as error:
-            said = str(error)
-            failed[table.names[index]] = said if table.names[index] in said else f"{table.names[index]}: {said}"
-            run.warn(f"left out: {failed[table.names[index]]}")
-            continue
-        _write(job, index, movie, result)
-        _record(job, index, movie, result, time.perf_counter() - start)
-        done.append(index)
     run.progress(len(table.names), len(table.names), "movies")
     if not done:
         raise BadInput(f"{params.movies}: none of its {len(table.names)} movies could be corrected; first: {next(iter(failed.values()))}")
-    motion = _write_star(job, done)
+    motion = _write_star(job, sorted(done))
+    from frazil.jobs.motion_report import write_report
+
     write_report(run, motion, failed)
     run.summary(
         f"{len(done)} of {len(table.names)} movies corrected" + (f", {len(failed)} left out (log.txt names them)" if failed else ""),
         f"median motion {motion['rlnAccumMotionTotal'].median():.1f} Å; {run.path / 'corrected_micrographs.star'}",
     )
+
+
+def _read_ahead(job: _Job, reader: ThreadPoolExecutor, waiting: list[int], number: int) -> Future[_Movie] | None:
+    """The next movie, if there is one, decoded in the background; behind the last one what draws the report is loaded."""
+    if number < len(waiting):
+        return reader.submit(job.fetch, waiting[number])
+    reader.submit(importlib.import_module, "frazil.jobs.motion_report")
+    return None
+
+
+def _keep_memory() -> None:
+    """Keep freed memory of large arrays in the process: handed back to the kernel it has to be cleared at each use, an eighth of the time.
+
+    Larger arrays, as super-resolution frames are, still come and go by themselves. Does nothing where the C library is not glibc.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MALLOC_MMAP_THRESHOLD, KEPT_BLOCK)
+        mallopt(MALLOC_TRIM_THRESHOLD, KEPT_FREE)
 
 
 def _settings(p: Params, table: MovieTable) -> MotionSettings:
@@ -184,22 +242,43 @@ def _gain(job: _Job) -> Tensor | None:
     eer = Path(job.table.names[0]).suffix.lower() in EER
     plain = read_gain(p.gain, eer)
     gain = oriented(plain, p.gain_rotation, p.gain_flip)
-    if p.skip_gain_test or float(plain[plain > 0].std()) < 1e-3 * float(plain[plain > 0].mean()):
+    some = plain[::3, ::3]
+    if p.skip_gain_test or float(some[some > 0].std()) < 1e-3 * float(some[some > 0].mean()):
         return gain
     total: Tensor | None = None
     for index in range(min(GAIN_MOVIES, len(job.table.names))):
         try:
             movie = job.open(index)
-            mean = sum((movie.load(f, f + 1)[0].float() for f in range(movie.shape[0])), torch.zeros(movie.shape[1:]))
+            first = _sum_of(movie, 0, GAIN_FRAMES)
         except BadInput:
             continue  # named when its turn comes
-        total = mean if total is None or total.shape != mean.shape else total + mean
         fitted = fit_gain(gain, (movie.shape[1], movie.shape[2]), p.gain, eer)
+        if gain_match(_middle(first), _middle(fitted)) > SURE:
+            return gain
+        try:
+            first += _sum_of(movie, GAIN_FRAMES, movie.shape[0])
+        except BadInput:
+            continue
+        total = first if total is None or total.shape != first.shape else total + first
         if gain_match(total, fitted) > SURE:
             return gain
     if total is not None:
         _name_right_gain(job, plain, total, eer)
     return gain
+
+
+def _sum_of(movie: Movie, start: int, stop: int) -> Tensor:
+    """(H, W) float32 sum of frames start to stop − 1, as far as there are so many."""
+    total = torch.zeros(movie.shape[1:])
+    for f in range(start, min(stop, movie.shape[0])):
+        total += movie.load(f, f + 1)[0].float()
+    return total
+
+
+def _middle(image: Tensor) -> Tensor:
+    """The middle of an image, at most GAIN_SIDE px a side."""
+    y, x = (max(0, side - GAIN_SIDE) // 2 for side in image.shape)
+    return image[y : y + GAIN_SIDE, x : x + GAIN_SIDE]
 
 
 def _name_right_gain(job: _Job, plain: Tensor, total: Tensor, eer: bool) -> None:
@@ -225,11 +304,11 @@ def _name_right_gain(job: _Job, plain: Tensor, total: Tensor, eer: bool) -> None
 # ---- one movie
 
 
-def _correct(job: _Job, index: int, movie: Movie, gain: Tensor | None) -> MotionResult:
+def _correct(job: _Job, index: int, movie: _Movie, gain: Tensor | None) -> MotionResult:
     """Align and sum."""
     p, shape = job.params, (movie.shape[1], movie.shape[2])
-    fitted = None if gain is None or p.gain is None else fit_gain(gain, shape, p.gain, movie.kind == "EER")
-    defects = None if p.defects is None else read_defects(p.defects, shape, movie.path.suffix.lower() in TIFF)
+    fitted = None if gain is None or p.gain is None else fit_gain(gain, shape, p.gain, movie.file.kind == "EER")
+    defects = None if p.defects is None else read_defects(p.defects, shape, movie.file.path.suffix.lower() in TIFF)
     optics = job.table.optics[int(job.table.group[index])]
     return correct_motion(movie, optics, job.settings, gain=fitted, defects=defects, seed=job.run.seed + index, device=job.run.device)
 

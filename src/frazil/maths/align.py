@@ -30,16 +30,25 @@ EARLY = (1.0, 5.0)  # how much livelier the first frames may be
 INFORMATION_KEPT = 0.995  # frequencies beyond which less than the rest of the information lies are left out of later rounds
 
 
-def reduced_transform(frame: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(h, w//2+1) complex64: the low frequencies of the transform of a (H, W) frame, as of an image of (h, w) px; Nyquist is zero."""
+def empty_reduced(count: tuple[int, ...], shape: tuple[int, int], device: torch.device) -> Tensor:
+    """(…, h, w//2+1) complex64 not filled in; columns are contiguous, which is how transforms along them come."""
+    return torch.empty(*count, shape[1] // 2 + 1, shape[0], dtype=torch.complex64, device=device).transpose(-2, -1)
+
+
+def reduced_transform(frame: Tensor, shape: tuple[int, int], *, whole: bool = False, out_: Tensor | None = None) -> Tensor:
+    """(h, w//2+1) complex64: the low frequencies of the transform of a (H, W) frame, as of an image of (h, w) px.
+
+    Nyquist and the mean are zero unless the transform is wanted `whole`. Written to `out_` where it is given.
+    """
     h, w = shape
     ft = torch.fft.fft(torch.fft.rfft(frame)[:, : w // 2 + 1], dim=0)
-    out = ft.new_empty(h, w // 2 + 1)
+    out = empty_reduced((), shape, ft.device) if out_ is None else out_
     out[: h // 2] = ft[: h // 2]
     out[h // 2 :] = ft[len(frame) - h // 2 :]
-    out[h // 2] = 0
-    out[:, -1] = 0
-    out[0, 0] = 0
+    if not whole:
+        out[h // 2] = 0
+        out[:, -1] = 0
+        out[0, 0] = 0
     return out
 
 
@@ -58,7 +67,9 @@ def crop_reduced(ft: Tensor, shape: tuple[int, int]) -> Tensor:
     h, w = shape
     if h >= ft.shape[-2]:
         return ft
-    out = torch.cat([ft[..., : h // 2, : w // 2 + 1], ft[..., ft.shape[-2] - h // 2 :, : w // 2 + 1]], -2)
+    out = empty_reduced(ft.shape[:-2], shape, ft.device)
+    out[..., : h // 2, :] = ft[..., : h // 2, : w // 2 + 1]
+    out[..., h // 2 :, :] = ft[..., ft.shape[-2] - h // 2 :, : w // 2 + 1]
     out[..., h // 2, :] = 0
     out[..., -1] = 0
     return out
@@ -76,18 +87,19 @@ def correlate_track(ft: Tensor, size: tuple[int, int], b_factor: float = 150.0, 
     weight = torch.exp(-2 * b_factor * (ky[:, None].square() + kx.square()))
     weight[:, 0] = 0
     weight[0] = 0
+    ft = ft * weight.sqrt()
     step = torch.tensor([size[1] / shape[1], size[0] / shape[0]], dtype=torch.float64, device=ft.device)  # px of the frame a grid point
     reach = [max(1, min(n // 2 - 1, int(search / float(p)))) for n, p in zip((shape[1], shape[0]), step, strict=True)]
     track = torch.zeros(len(ft), 2, dtype=torch.float64, device=ft.device)
     for _ in range(rounds):
         moved = torch.empty_like(ft)
+        y, x = shift_phases(shape, size, track)
+        total = torch.zeros_like(ft[0])
         for f, one in enumerate(ft):
-            y, x = shift_phases(shape, size, track[f])
-            moved[f] = one * y * x
-        total = moved.sum(0)
+            total += torch.mul(one * y[f], x[f], out=moved[f])
         found = torch.empty_like(track)
         for f, one in enumerate(moved):
-            found[f] = _highest(torch.fft.irfft2((total - one) * one.conj() * weight, s=shape), reach).to(found) * step
+            found[f] = _highest((total - one) * one.conj(), shape, reach).to(found) * step
         found -= found[0].clone()
         track += found
         if float(found.square().sum(-1).mean().sqrt()) < 0.5:
@@ -95,10 +107,13 @@ def correlate_track(ft: Tensor, size: tuple[int, int], b_factor: float = 150.0, 
     return track
 
 
-def _highest(surface: Tensor, reach: list[int]) -> Tensor:
-    """(2,) xy grid points of the highest value of a correlation in FFT order, within ±reach, with a parabola along each axis."""
+def _highest(ft: Tensor, shape: tuple[int, int], reach: list[int]) -> Tensor:
+    """(2,) xy grid points of the highest value of a correlation, given its transform (h, w//2+1), within ±reach, with a parabola along
+    each axis.
+    """
     rx, ry = reach
-    part = torch.roll(surface, (ry + 1, rx + 1), (0, 1))[: 2 * ry + 3, : 2 * rx + 3]
+    rows, columns = (torch.arange(-r - 1, r + 2, device=ft.device) % side for r, side in zip((ry, rx), shape, strict=True))
+    part = torch.fft.irfft(torch.fft.ifft(ft, dim=0).index_select(0, rows), n=shape[1]).index_select(1, columns)
     index = int(part[1:-1, 1:-1].argmax())
     y, x = index // (2 * rx + 1) + 1, index % (2 * rx + 1) + 1
     around = part[y - 1 : y + 2, x - 1 : x + 2].double().cpu()
@@ -119,12 +134,14 @@ class Patches:
     bins: Tensor  # (k,) int64 radial bin
     radius: Tensor  # (bins,) mean |k| of each bin, cycles/px
     place: Tensor  # (p, 2) float64 centres as fractions of the field
+    power: Tensor  # (f, bins) float64 Σ |values|² over patches and a bin
     independence: float  # share of the values that is independent, because patches fade at their edges
 
     def below(self, bins: int) -> Patches:
         """Only the first so many bins."""
         keep = self.bins < bins
-        return replace(self, values=self.values[..., keep].contiguous(), k=self.k[keep], bins=self.bins[keep], radius=self.radius[:bins])
+        values, power = self.values[..., keep].contiguous(), self.power[:, :bins]
+        return replace(self, values=values, k=self.k[keep], bins=self.bins[keep], radius=self.radius[:bins], power=power)
 
 
 def make_patches(ft: Tensor, size: tuple[int, int], track: Tensor, grid: tuple[int, int], finest: float) -> Patches:
@@ -145,23 +162,28 @@ def make_patches(ft: Tensor, size: tuple[int, int], track: Tensor, grid: tuple[i
     width = 2 * float(kx[1]) if wide > 2 else 1.0
     index = torch.nonzero(keep.reshape(-1))[:, 0]
     k = torch.stack(torch.broadcast_tensors(kx, ky[:, None]), -1)[keep].float()
-    values = torch.empty(rows * columns, len(ft), len(index), dtype=torch.complex64, device=ft.device)
-    for f, one in enumerate(ft):
-        y, x = shift_phases(shape, size, track[f])
-        image = torch.fft.irfft2(one * y * x, s=shape)[: rows * high, : columns * wide]
-        cut = image.reshape(rows, high, columns, wide).transpose(1, 2).reshape(rows * columns, high, wide)
-        cut = (cut - cut.mean((1, 2), keepdim=True)) * window
-        values[:, f] = torch.fft.rfft2(cut).reshape(rows * columns, -1)[:, index]
     bins = (radius[keep] / width).long()
     bins = bins - bins.min()
     counts = torch.bincount(bins).clamp(min=1)
+    values = torch.empty(rows * columns, len(ft), len(index), dtype=torch.complex64, device=ft.device)
+    power = torch.empty(len(ft), len(counts), dtype=torch.float64, device=ft.device)
+    y, x = shift_phases(shape, size, track)
+    for f, one in enumerate(ft):
+        image = torch.fft.irfft2(one * y[f] * x[f], s=shape)[: rows * high, : columns * wide]
+        cut = image.reshape(rows, high, columns, wide).transpose(1, 2).contiguous().reshape(rows * columns, high, wide)
+        cut -= cut.mean((1, 2), keepdim=True)
+        cut *= window
+        kept = torch.fft.rfft2(cut).reshape(rows * columns, -1).index_select(1, index)
+        values[:, f] = kept
+        power[f] = torch.bincount(bins, (kept.real.square() + kept.imag.square()).sum(0).double(), minlength=len(counts))
     mean = torch.bincount(bins, radius[keep].double()) / counts
-    noise = torch.bincount(bins, (values.real.square() + values.imag.square()).mean((0, 1)).double()) / counts
-    values /= noise.clamp(min=1e-30).sqrt()[bins].float()
+    noise = (power.sum(0) / (counts * rows * columns * len(ft))).clamp(min=1e-30)
+    values *= (1 / noise.sqrt()).float()[bins]
+    power /= noise
     x = ((torch.arange(columns, dtype=torch.float64) + 0.5) * wide / shape[1]).repeat(rows)
     y = ((torch.arange(rows, dtype=torch.float64) + 0.5) * high / shape[0]).repeat_interleave(columns)
     share = float(window.square().sum() ** 2 / (window.numel() * (window**4).sum()))
-    return Patches(values, k, bins, mean.float(), torch.stack([x, y], -1), share)
+    return Patches(values, k, bins, mean.float(), torch.stack([x, y], -1), power, share)
 
 
 def _fade(n: int, device: torch.device) -> Tensor:
@@ -256,16 +278,21 @@ def _evaluate(patches: Patches, left: Tensor, shifts: Tensor) -> _State:
     n_bins = len(patches.radius)
     h = left.to(k)[:, bins]  # (f, k)
     n1 = left.square().sum(0).double()  # (bins,)
-    real = torch.zeros(n_bins, dtype=torch.float64, device=k.device)
+    squares = left.double().square()
+    # conj(A)(R − A): its real part adds up to |R|² − Σ|A|², its imaginary part is that of conj(A) R. Shifts leave |A|² as it is.
+    real = -(squares * patches.power).sum(0)
     cross = torch.empty(patches.values.shape[:2] + (len(k),), dtype=torch.float32, device=k.device)
+    # exp(−2πi k·s) is a product of two factors with few different values each.
+    places = [torch.unique(k[:, axis], return_inverse=True) for axis in (0, 1)]
+    phases = [-2 * math.pi * shifts[..., axis].T[..., None].to(k.device) * places[axis][0].double() for axis in (0, 1)]  # (p, f, …)
+    factors = [torch.polar(torch.ones_like(phase), phase).to(torch.complex64) for phase in phases]
     for p, patch in enumerate(patches.values):
-        phase = (-2 * math.pi * shifts[:, p]).to(k) @ k.T
-        moved = patch * torch.polar(h, phase)
+        moved = patch * h
+        for factor, place in zip(factors, places, strict=True):
+            moved *= factor[p].index_select(1, place[1])
         total = moved.sum(0)
-        # conj(A)(R − A): its real part adds up to |R|² − Σ|A|², its imaginary part is that of conj(A) R.
-        own = (moved.real.square() + moved.imag.square()).sum(0)
-        real += torch.bincount(bins, (total.real.square() + total.imag.square() - own).double(), minlength=n_bins)
-        cross[p] = moved.real * total.imag - moved.imag * total.real
+        real += torch.bincount(bins, (total.real.square() + total.imag.square()).double(), minlength=n_bins)
+        torch.sub(moved.real * total.imag, moved.imag * total.real, out=cross[p])
     pairs = n1.square() - left.double().pow(4).sum(0)
     counts = torch.bincount(bins, minlength=n_bins).double() * len(patches.values)
     ssnr = _smooth_positive(real / (counts * pairs.clamp(min=1e-12)), counts)
@@ -273,7 +300,6 @@ def _evaluate(patches: Patches, left: Tensor, shifts: Tensor) -> _State:
     slope = -4 * math.pi * patches.independence * (cross @ (k * weight.to(k)[bins][:, None])).double().cpu()
     k2 = torch.bincount(bins, k.double().square().sum(-1), minlength=n_bins) / 2
     share = 2 * patches.independence * (2 * math.pi) ** 2 * k2 * weight * ssnr
-    squares = left.double().square()
     coupling = ((squares * share) @ squares.T).cpu()
     laplacian = torch.diag(coupling.sum(1)) - coupling
     return _State(slope, laplacian, ssnr, share * n1.square())
@@ -387,6 +413,6 @@ def _finish(state: _State, basis: Tensor, theta: Tensor, prior: _Prior, rounds: 
     smooth = smooth + torch.eye(frames, dtype=torch.float64) * max(1e-9, 1e-3 * float(state.laplacian.diagonal().mean()))
     alone = local + torch.linalg.solve(smooth, state.slope.transpose(0, 1).reshape(frames, -1)).reshape(frames, count, 2)
     return Fit(
-        theta[:frames] - theta[0], local, alone - alone[:1], state.ssnr, error, float(spread.mean().clamp(min=0).sqrt()),
+        theta[:frames] - theta[0], local, alone - alone[:1], state.ssnr.cpu(), error, float(spread.mean().clamp(min=0).sqrt()),
         prior.acceleration, prior.local_size, prior.gain, rounds,
     )  # fmt: skip

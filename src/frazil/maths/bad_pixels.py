@@ -21,12 +21,13 @@ def find_bad_pixels(total: Tensor, given: Tensor, sigma: float = 6.0) -> tuple[T
     bad = given.clone()
     mean, sd = 0.0, 0.0
     for _ in range(2):
-        good = (~bad).float()
-        count = float(good.sum())
+        count = total.numel() - int(bad.sum())
         if not count:
             return bad, bad & ~given, 0.0
-        mean = float((total * good).sum()) / count
-        sd = (float(((total - mean).square_() * good).sum()) / count) ** 0.5
+        good = total.masked_fill(bad, 0)
+        mean = float(good.sum()) / count
+        good.sub_(mean).masked_fill_(bad, 0)
+        sd = (float(good.square_().sum()) / count) ** 0.5
         bad |= total > mean + sigma * sd
     bad |= (total <= 0) & (mean > DEAD_FROM)
     suspects = torch.nonzero((total > mean + (sigma - NEAR_HOT) * sd) & ~bad)
