@@ -249,10 +249,10 @@ def _mrc_mode(path: Path) -> int | None:
     """Mode word of a plain MRC file, None where it cannot be told (read_header says why). Complex modes are refused here."""
     try:
         with open(path, "rb") as file:
-            words = np.frombuffer(file.read(16), "<i4")
+            raw = file.read(16)
     except OSError:
         return None
-    mode = int(words[3]) if len(words) == 4 and path.suffix != ".gz" else None
+    mode = int(np.frombuffer(raw, "<i4")[3]) if len(raw) == 16 and path.suffix != ".gz" else None
     if mode in (3, 4):
         raise BadInput(f"{path}: MRC mode {mode} holds complex values; expected an image (modes {', '.join(map(str, MODES))}, {PACKED})")
     return mode
