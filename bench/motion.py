@@ -1,6 +1,6 @@
 """Motion correction on simulated movies: accuracy and time, beside RELION and torch-motion-correction where these are installed.
 
-    python bench/motion.py relion [--dose 1.2] [--movies 2]     ours and relion_run_motioncorr, the same LZW TIFF movies, one run
+    python bench/motion.py relion [--dose 1.2] [--movies 2] [--repeat 1]   ours and relion_run_motioncorr, the same LZW TIFF movies, one run
     python bench/motion.py single                               ours from open file to sums in memory, global and 5 × 5 patches
     python bench/motion.py teamtomo                             ours and torch-motion-correction on one of them
     python bench/motion.py large --device cuda                  40 frames of 4096² and of a K3: time, share of decoding (TIFF, else MRC)
@@ -102,6 +102,12 @@ def relion(args: argparse.Namespace) -> list[Row]:
     """Both programs on the same movies, same patches, two threads, one after the other; then with whole programs' times."""
     settings = [MovieSettings(dose=args.dose, seed=seed + 1) for seed in range(args.movies)]
     paths = movies(args.folder, settings)
+    for copy in range(1, args.repeat):  # other names of the same files: what a movie costs once both programs have started
+        for path in paths[: args.movies]:
+            paths.append(path.with_name(f"{path.stem}_again{copy}.tif"))
+            paths[-1].unlink(missing_ok=True)
+            paths[-1].symlink_to(path.name)
+    settings = settings * args.repeat
     write_list(args.folder, paths, "movies.star")
     threads, group = str(args.threads), max(1, round(4 / args.dose))
     for name in ("relion", "frazil"):
@@ -253,6 +259,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/frazil-bench-motion"))
     parser.add_argument("--dose", type=float, default=1.2)
     parser.add_argument("--movies", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=1, help="list each movie so many times")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -126,8 +127,10 @@ class _Job:
     def fetch(self, index: int) -> _Movie:
         """The movie, decoded where two such movies fit into --memory."""
         file = self.open(index)
-        small = file.shape[0] * file.shape[1] * file.shape[2] * 2 <= self.settings.memory
-        return _Movie(file, file.load(0, file.shape[0]) if small else None)
+        pixels, memory = math.prod(file.shape), self.settings.memory
+        # A pixel has one to four bytes: looked up only where it matters.
+        size = 4 if 2 * 4 * pixels <= memory else file.load(0, 1).element_size()
+        return _Movie(file, file.load(0, file.shape[0]) if 2 * size * pixels <= memory else None)
 
 
 def run(params: Params, run: Run) -> None:
