@@ -42,7 +42,7 @@ def check(image: Tensor, centre: Tensor, settings: ExtractSettings) -> dict[str,
     outside = found[:, mask]
     out = {"mean": float(outside.mean(1).abs().max()), "sd": float((outside.std(1, correction=0) - 1).abs().max()),
            "difference": float((found - exact).abs().max())}  # fmt: skip
-    assert out["mean"] < 1e-5 and out["sd"] < 1e-5 and out["difference"] < 1e-4, out
+    assert out["mean"] < 1e-5 and out["sd"] < 1e-5 and out["difference"] < 5e-4, out
     return out
 
 

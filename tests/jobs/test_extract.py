@@ -231,6 +231,25 @@ def test_bad_input_is_one_clear_line(project):
         extract.Params(micrographs=Path("m.star"), box=40)
 
 
+def test_particles_without_a_ctf_get_that_of_their_micrograph_and_old_priors_go(project):
+    star = read_star(extracted("first") / "particles.star", text=True)
+    table = star["particles"].drop(columns=["rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"]).assign(rlnOriginXPriorAngst="5.0")
+    write_star("bare.star", {"optics": star["optics"], "particles": table})
+    found = read_particles(extracted("again", particles=Path("bare.star")) / "particles.star")
+    assert found.particles.defocus[:, 0].tolist() == [10000.0] * 3 + [12000.0] * 2 and "rlnOriginXPriorAngst" not in found.table
+
+
+def test_micrographs_of_relion_3_keep_their_constants(project):
+    table = pd.DataFrame({"rlnMicrographName": ["a.mrc", "b.mrc"], "rlnVoltage": [200.0, 200.0], "rlnSphericalAberration": [1.4, 1.4],
+                          "rlnAmplitudeContrast": [0.07, 0.07], "rlnMagnification": [50000.0] * 2, "rlnDetectorPixelSize": [10.0] * 2,
+                          "rlnDefocusU": [9000.0, 9500.0], "rlnDefocusV": [9000.0, 9500.0], "rlnDefocusAngle": [0.0, 0.0]})  # fmt: skip
+    write_star("micrographs.star", {"": table})
+    found = read_particles(extracted("out") / "particles.star")
+    optics = found.particles.optics[0]
+    assert (optics.voltage, optics.cs, optics.amplitude_contrast, optics.pixel_size) == (200.0, 1.4, 0.07, 2.0)
+    assert "300 kV" not in log_of("out")
+
+
 def test_premultiplied_images_are_marked(project):
     found = read_particles(extracted("out", premultiply=True) / "particles.star")
     assert all(o.ctf_premultiplied for o in found.particles.optics)

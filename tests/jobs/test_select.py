@@ -119,6 +119,12 @@ def second_file(project, number: int, name: str, pixel: float = 2.0, **more) -> 
     write_star("data/more.star", {"optics": optics(number, name, pixel), "particles": rows("more.mrcs", number, **more)})
 
 
+def test_directories_are_joined_like_files(project):
+    second_file(project, 4, "g4")
+    classification(project, "data/c2d")
+    assert len(names_of(selected("out", "data/c2d", "data/more.star"))) == 2 * N
+
+
 def test_a_join_keeps_numbers_it_can_keep(project):
     second_file(project, 4, "g4")
     out = selected("out", "data/particles.star", "data/more.star")
@@ -222,7 +228,7 @@ def test_bad_input_is_one_clear_line(project):
         (("data/particles.star", "mics.star"), {}, "holds micrographs, but .* holds particles"),
         (("nothing.star",), {"splits": 2}, "holds no particles, micrographs or movies"),
         (("data/broken.star",), {"splits": 2}, "row 1: optics group 9 is not in data_optics"),
-        (("mics.star",), {"min_distance": 30.0}, "has no label _rlnCoordinateX"),
+        (("mics.star",), {"min_distance": 30.0}, "no pixel size of the micrographs"),
         (("data",), {"classes": "1"}, "holds no run_itNNN_model.star"),
     ):
         with pytest.raises(BadInput, match=expected) as error:

@@ -140,8 +140,8 @@ def settings_of(params: Params, micrographs: Micrographs, wanted: Wanted, run: R
     if params.diameter and box * sizes[0] < params.diameter:
         raise BadInput(f"--box {box} is {box * sizes[0]:.0f} Å, less than the --diameter of {params.diameter:g} Å; give 1.5 times as much")
     width = params.background_diameter / sizes[0] if params.background_diameter else BACKGROUND * box
-    if params.normalise and width > 1.3 * box:
-        raise BadInput(f"--background-diameter {params.background_diameter:g} leaves no background in a box of {box * sizes[0]:.0f} Å")
+    if params.normalise and 0.5 * width * size / box >= size / 2**0.5 - 2:  # the corners lie N/√2 from the middle
+        raise BadInput(f"--background-diameter {params.background_diameter or 0:g} leaves no background in a box of {box * sizes[0]:.0f} Å")
     return ExtractSettings(box, size, width, params.normalise, params.ramp, params.invert, params.white_dust, params.black_dust)
 
 

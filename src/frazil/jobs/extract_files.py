@@ -13,7 +13,7 @@ from torch import Tensor
 from frazil.data import BadInput, Optics, Particles
 from frazil.io.coordinates import CLASS, NAME, PSI, SCORE, X, Y, read_coordinates, root
 from frazil.io.micrographs import Micrographs
-from frazil.io.particles import ORIGINS, ParticleSet, read_particles
+from frazil.io.particles import ORIGIN_PRIORS, ORIGINS, ParticleSet, read_particles
 from frazil.io.stacks import stack_count
 from frazil.io.star import Block, column_text, read_star, write_star
 from frazil.jobs.pick_files import output_names
@@ -171,11 +171,11 @@ def optics_rows(micrographs: Micrographs, wanted: Wanted, settings: ExtractSetti
         table = micrographs.optics_table.copy() if len(micrographs.optics_table) else pd.DataFrame(
             {"rlnOpticsGroupName": [o.name for o in optics], GROUP: [str(g + 1) for g in range(len(optics))]}, dtype="str")  # fmt: skip
         sizes = [o.pixel_size for o in optics]
-        missing = add_constants_(table, optics)
+        missing = [label for label in add_constants_(table, optics) if label not in micrographs.table]
         if missing:
             run.warn(f"{micrographs.path}: no {', '.join(missing)}: 300 kV, 2.7 mm and 0.1 are written; correct data_optics if wrong")
         if GROUP not in table:
-            table.insert(0, GROUP, pd.Series(["1"], dtype="str"))
+            table.insert(0, GROUP, pd.Series([str(g + 1) for g in range(len(table))], dtype="str"))
     scale = settings.box / settings.size
     columns = {
         "rlnImagePixelSize": [f"{size * scale:.6f}" for size in sizes], "rlnImageSize": [str(settings.size)] * len(table),
@@ -203,14 +203,14 @@ def rows_of(micrographs: Micrographs, wanted: Wanted, index: int, kept: np.ndarr
     text = {X: [f"{x:.6f}" for x in centre[:, 0]], Y: [f"{y:.6f}" for y in centre[:, 1]]}
     text |= {label: [f"{v + 0.0:.6f}" for v in shift[:, k]] for k, label in enumerate(ORIGINS)}
     text[NAME] = [micrographs.names[index]] * len(table)
+    table = table.drop(columns=list(ORIGIN_PRIORS), errors="ignore")  # they were about the old centre
+    source = micrographs.table
     if wanted.origin is None:
-        source = micrographs.table
         text[GROUP] = [str(source[GROUP].iloc[index]) if GROUP in source else str(int(micrographs.group[index]) + 1)] * len(table)
-        if bool(micrographs.has_ctf[index]):
-            text |= {label: [str(source[label].iloc[index])] * len(table) for label in CTF_COLUMNS if label in source}
-            defaults = {"rlnDefocusV": text["rlnDefocusU"][0:1], "rlnDefocusAngle": ["0.0"], "rlnPhaseShift": ["0.0"],
-                        "rlnCtfBfactor": ["0.0"], "rlnCtfScalefactor": ["1.0"]}  # fmt: skip
-            text |= {label: value * len(table) for label, value in defaults.items() if label not in text}
+    if not wanted.has_ctf and bool(micrographs.has_ctf[index]):
+        text |= {label: [str(source[label].iloc[index])] * len(table) for label in CTF_COLUMNS if label in source}
+        defaults = {"rlnDefocusAngle": "0.0", "rlnPhaseShift": "0.0", "rlnCtfBfactor": "0.0", "rlnCtfScalefactor": "1.0"}
+        text |= {label: [value] * len(table) for label, value in defaults.items() if label not in text}
     if GROUP not in table and GROUP not in text:
         text[GROUP] = ["1"] * len(table)
     return table.assign(**{label: pd.Series(values, dtype="str") for label, values in text.items()})

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -131,10 +131,9 @@ def one(
         kept = best
     generator = torch.Generator().manual_seed(job.seed * 1_000_003 + index)
     factors = ctf_of(job, index, kept.numpy(), pixels.device) if job.premultiply and len(kept) else None
-    settings = replace(job.settings, background=min(job.settings.background, 1.3 * job.settings.box))
     good = torch.zeros(len(kept), dtype=torch.bool)
     first = stack.count
-    for part, images, found in extract(pixels, placed.centre[kept], settings, generator, factors):
+    for part, images, found in extract(pixels, placed.centre[kept], job.settings, generator, factors):
         fine = torch.isfinite(found).all(-1) & (found[:, 1] > 0)
         good[part] = fine
         chosen = images[fine.to(images.device)]

@@ -18,7 +18,7 @@ from frazil.io.star import read_star, write_star
 from frazil.jobs.run import Run
 from frazil.jobs.select_classes import Classification, Ranked, class_numbers, find_classification, rank_classes, write_averages, write_ranks
 from frazil.jobs.select_report import write_report
-from frazil.jobs.select_tables import IMAGE, Table, join_tables, places, read_table, write_table
+from frazil.jobs.select_tables import IMAGE, PIXELS, Table, join_tables, pixel_label, places, read_table, write_table
 from frazil.steps.rank import chosen
 from frazil.steps.select import group_micrographs, image_statistics, in_range, numbers_of, split_rows, within_spread, without_copies
 
@@ -77,7 +77,8 @@ class Params(BaseModel):
 def run(params: Params, run: Run) -> None:
     """Filter, join, split and write."""
     of_classes = params.rank or params.min_score is not None or params.classes is not None or params.drop_classes is not None
-    files = find_classification(params.files[0]) if of_classes or params.files[0].is_dir() else None
+    alone = of_classes or (len(params.files) == 1 and params.files[0].is_dir())
+    files = find_classification(params.files[0]) if alone else None
     table = joined(params, files, run)
     start, steps = len(table), []
     scored = params.rank or params.min_score is not None
@@ -97,6 +98,8 @@ def run(params: Params, run: Run) -> None:
         note(run, steps, f"mean and sd of the image within {params.image_sigma:g} sd", before, table)
     if params.min_distance is not None:
         before = len(table)
+        if (label := pixel_label(table)) != PIXELS[0]:
+            run.note(f"{table.path} has no _{PIXELS[0]}: coordinates are taken as px of _{label}")
         table = table.keep(without_copies(*places(table), params.min_distance))
         note(run, steps, f"no copies within {params.min_distance:g} Å", before, table)
     if not len(table):
@@ -114,6 +117,12 @@ def run(params: Params, run: Run) -> None:
     write_report(run, start, len(table), table.kind, steps, ranked, kept_classes)
     run.event("selected", rows=len(table), of=start, parts=len(parts))
     run.summary(f"{len(table)} of {start} {table.kind}: {path}", *parts)
+
+
+def data_of(path: Path) -> Path:
+    """The file itself, or the data of the classification in a directory."""
+    found = find_classification(path) if path.is_dir() else None
+    return path if found is None else found.data
 
 
 def missing(path: Path) -> Classification:
@@ -141,7 +150,7 @@ def parse_range(item: str) -> tuple[str, float | None, float | None]:
 
 def joined(params: Params, files: Classification | None, run: Run) -> Table:
     """The table to select from."""
-    paths = [files.data] if files else list(params.files)
+    paths = [files.data] if files else [data_of(path) for path in params.files]
     tables = [read_table(path) for path in paths]
     if len(tables) == 1:
         return tables[0]

@@ -198,14 +198,20 @@ def write_table(path: Path, table: Table) -> None:
     write_star(path, blocks | {table.kind: rows} | table.blocks)
 
 
+def pixel_label(table: Table) -> str:
+    """The label that gives the pixel size of the micrographs."""
+    found = next((label for label in PIXELS if label in table.optics or label in table.rows), None)
+    if found is None:
+        raise BadInput(f"{table.path}: no pixel size of the micrographs (_{PIXELS[0]}) in data_optics; add it")
+    return found
+
+
 def places(table: Table) -> tuple[Tensor, Tensor, Tensor]:
     """((n, 2) Å where the particles are in their micrographs, (n,) index of these, (n,) quality). Raises BadInput for labels missing."""
     if NAME not in table.rows:
         raise BadInput(f"{table.path}: label _{NAME} is missing: copies are looked for micrograph by micrograph")
     coordinate = torch.stack([table.numbers(X), table.numbers(Y)], -1)
-    pixel = next((table.numbers(label) for label in PIXELS if label in table.optics or label in table.rows), None)
-    if pixel is None:
-        raise BadInput(f"{table.path}: no pixel size of the micrographs (_{PIXELS[0]}) in data_optics; add it")
+    pixel = table.numbers(pixel_label(table))
     none = torch.zeros(len(table), dtype=torch.float64)
     shift = torch.stack([table.numbers(label) if label in table.rows else none for label in ORIGINS], -1)
     where = coordinate * pixel[:, None] - torch.nan_to_num(shift)

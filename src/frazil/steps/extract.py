@@ -24,7 +24,7 @@ from frazil.maths.tiling import good_size
 from frazil.ops.boxes import cut, level_
 from frazil.ops.boxes.reference import background
 
-BATCH_PIXELS = {"cpu": 1 << 23, "cuda": 1 << 26}  # of the boxes in work at a time
+BATCH_PIXELS = {"cpu": 1 << 24, "cuda": 1 << 26}  # of the boxes in work at a time
 BACKGROUND = 0.75  # of the box: default diameter of the circle outside which is background
 GENEROUS = 1.5  # box over diameter
 
@@ -87,7 +87,7 @@ def extract(
     by which the boxes are multiplied first (premultiplied images). Without `normalise`, mean and sd are of the image as written.
     """
     device, scale = micrograph.device, settings.size / settings.box
-    batch = max(1, BATCH_PIXELS.get(device.type, 1 << 23) // settings.box**2)
+    batch = max(1, BATCH_PIXELS.get(device.type, 1 << 24) // settings.box**2)
     radius = 0.5 * settings.background * scale
     for index in torch.arange(len(centre)).split(batch):
         images = cut(micrograph, centre[index].to(device) - settings.box // 2, settings.box)
