@@ -97,7 +97,7 @@ def noise(args: argparse.Namespace) -> Row:
 
 
 def real(args: argparse.Namespace) -> list[Row]:
-    """Agreement with CTFFIND, and of halves with each other: left and right, top and bottom, interleaved tiles."""
+    """Agreement with CTFFIND; of halves: left and right, lower and upper, and pairs of diagonal quadrants, which a tilt leaves alike."""
     from frazil.io.mrc import read_mrc
     from frazil.io.star import read_star
 
@@ -117,16 +117,23 @@ def real(args: argparse.Namespace) -> list[Row]:
         found = read_mrc(path)
         optics = Optics(found.pixel_size, cs=0.0 if "10146" in str(path) else 2.7)
         image = found.data[0]
-        spectrum = micrograph_spectrum(image, optics.pixel_size, settings)
         h, w = image.shape
-        parts = [image, image[:, : w // 2], image[:, w // 2 :], image[: h // 2], image[h // 2 :]]
-        results = [estimate_ctf(spectrum, optics, settings), *(found_in(part, optics, settings) for part in parts[1:])]
-        odd, even = (estimate_ctf(replace(spectrum, tiles=t, place=spectrum.place[i::2]), optics, settings) for i, t in
-                     ((0, spectrum.tiles[::2]), (1, spectrum.tiles[1::2])))  # fmt: skip
-        m = [float(r.defocus[:2].mean()) for r in (*results, odd, even)]
-        rows.append({"what": path.name, "defocus": m[0], "error": results[0].error[0], "resolution": results[0].resolution,
-                     "left-right": m[1] - m[2], "top-bottom": m[3] - m[4], "error_half": results[1].error[0],
-                     "interleaved": m[5] - m[6], "tilt": list(results[0].tilt)})  # fmt: skip
+        top, bottom, left, right = slice(0, h // 2), slice(h - h // 2, h), slice(0, w // 2), slice(w - w // 2, w)
+        whole, *halves = (found_in(image[y, x], optics, settings) for y, x in
+                          ((slice(None),) * 2, (slice(None), left), (slice(None), right), (top, slice(None)), (bottom, slice(None))))
+        pairs = []
+        for quadrants in (((top, left), (bottom, right)), ((top, right), (bottom, left))):
+            a, b = (micrograph_spectrum(image[y, x], optics.pixel_size, settings) for y, x in quadrants)
+            both = replace(a, tiles=torch.cat([a.tiles, b.tiles]), place=torch.zeros(len(a.tiles) + len(b.tiles), 2, dtype=torch.float64))
+            pairs.append(estimate_ctf(both, optics, settings))
+        m = [float(r.defocus[:2].mean()) for r in (*halves, *pairs)]
+        slope = math.tan(math.radians(whole.tilt[0]))
+        direction = math.radians(whole.tilt[2])
+        expected = [-slope * side * optics.pixel_size / 2 * part for side, part in ((w, math.cos(direction)), (h, math.sin(direction)))]
+        rows.append({"what": path.name, "defocus": float(whole.defocus[:2].mean()), "error": whole.error[0], "resolution": whole.resolution,
+                     "fom": whole.fom, "tilt": list(whole.tilt), "left-right": m[0] - m[1], "expected_by_tilt": expected[0],
+                     "lower-upper": m[2] - m[3], "expected_by_tilt_y": expected[1], "quadrants": m[4] - m[5],
+                     "error_half": halves[0].error[0]})  # fmt: skip
     return rows
 
 

@@ -46,6 +46,7 @@ DEGREES: JsonDict = {"unit": "degrees", **EXPERT}
 SPECTRUM, UNWEIGHTED = "rlnCtfPowerSpectrum", "rlnMicrographNameNoDW"
 LABELS = ("rlnCtfImage", "rlnDefocusU", "rlnDefocusV", "rlnCtfAstigmatism", "rlnDefocusAngle", "rlnPhaseShift", "rlnCtfFigureOfMerit",
           "rlnCtfMaxResolution", "rlnCtfIceRingDensity")  # fmt: skip
+MOST_WORKERS = 16  # micrographs at a time: each takes three times its pixels in memory
 STALE = (*LABELS, "rlnCtfValidationScore", "rlnCtfBfactor", "rlnCtfScalefactor")  # columns of an earlier estimate
 COMMENT = "frazil…: standard deviations in Å and degrees; curves by frequency"
 
@@ -99,7 +100,8 @@ def run(params: Params, run: Run) -> None:
     todo = [i for i in range(total) if not (run.resumed and is_done(job.outputs(i)))]
     on_cpu = run.device.type == "cpu"
     # A GPU works on one micrograph after the other while threads write files; CPU threads each have a micrograph of their own.
-    writers = Writers(max(1, run.threads if on_cpu else min(6, run.threads)), 2 * run.threads if on_cpu else 16)
+    workers = max(1, min(run.threads, MOST_WORKERS if on_cpu else 6))
+    writers = Writers(workers, workers if on_cpu else 16)
     before = torch.get_num_threads()
     if on_cpu:
         set_threads(1)
@@ -180,8 +182,8 @@ def _values(path: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of rows that are cut off: counted below
         star = read_star(path)
-    found = star.get("ctf")
-    if star.skipped_rows or not isinstance(found, dict) or "frazilFlags" not in found or not isinstance(star.get("equiphase_average"), pd.DataFrame):
+    found, curves = star.get("ctf"), star.get("equiphase_average")
+    if star.skipped_rows or not isinstance(found, dict) or "frazilFlags" not in found or not isinstance(curves, pd.DataFrame):
         raise BadInput(f"{path}: is not a whole file of `frazil ctf`")
     return found
 
@@ -298,8 +300,10 @@ def _write_table(job: _Job, good: Sequence[int], values: dict[int, dict[str, Any
     for label in LABELS[1:]:
         if label != "rlnPhaseShift" or job.params.phase_plate:
             table[label] = [float(values[i][label]) for i in good]
-    table["rlnOpticsGroup"] = [int(job.table.group[i]) + 1 for i in good] if "rlnOpticsGroup" not in table else table["rlnOpticsGroup"]
-    write_star(path, {"optics": _optics_table(job), "micrographs": table, **job.table.blocks})
+    optics = _optics_table(job)
+    if "rlnOpticsGroup" not in table:
+        table["rlnOpticsGroup"] = [optics["rlnOpticsGroup"].iloc[int(job.table.group[i])] for i in good]
+    write_star(path, {"optics": optics, "micrographs": table, **job.table.blocks})
     return table
 
 
@@ -310,14 +314,18 @@ def _optics_table(job: _Job) -> pd.DataFrame:
         groups = job.table.optics
         optics = pd.DataFrame({"rlnOpticsGroupName": [o.name for o in groups], "rlnOpticsGroup": range(1, len(groups) + 1)})
 
+    if "rlnOpticsGroup" not in optics:
+        optics["rlnOpticsGroup"] = range(1, len(optics) + 1)
+
     def values(kind: str) -> list[str]:
         return [repr(float(getattr(o, kind))) for o in job.table.optics]
 
     for label, kind, given in (("rlnVoltage", "voltage", job.params.voltage), ("rlnSphericalAberration", "cs", job.params.cs),
                                ("rlnAmplitudeContrast", "amplitude_contrast", job.params.amplitude_contrast),
                                ("rlnMicrographPixelSize", "pixel_size", job.params.pixel_size)):  # fmt: skip
-        if given is not None or label not in optics:
+        known = kind != "pixel_size" or all(o.pixel_size > 0 for o in job.table.optics)
+        if known and (given is not None or label not in optics):
             optics[label] = values(kind)
-    if "rlnMicrographOriginalPixelSize" not in optics:
+    if "rlnMicrographOriginalPixelSize" not in optics and "rlnMicrographPixelSize" in optics:
         optics["rlnMicrographOriginalPixelSize"] = values("pixel_size")
     return optics

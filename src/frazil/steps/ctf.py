@@ -40,9 +40,10 @@ CROSS = 3  # elements beside the axes that are left out: edges of tiles, lines o
 SAVED_CROSS = 5  # the same of saved spectra, whose frames had no soft edges
 SURE = 60.0  # by how much χ² must fall through the rings: noise reaches 35 (docs/steps/ctf.md)
 WORST = 25.0  # Å, written as resolution where none can be told
-TILTED = 5.0  # degrees from which a tilt is flagged, if it is three standard deviations
+TILTED = 8.0  # degrees from which a tilt is flagged, if it is three standard deviations
 ICE = 0.15  # mean excess of log power in the ice ring that is flagged
 MINIMUM_TILES = 4
+SHARED = 1.5  # by which the overlap of the tiles widens the variance of a plane through them
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class CtfSettings:
         if not self.phase_plate:
             return SearchRange(self.low, self.high, (0.0,), self.astigmatism)
         first, last, step = self.phases
-        count = max(2, math.floor((last - first) / step + 1e-6) + 1)
-        tried = [first + i * step for i in range(count) if i == 0 or first + i * step < first + 180]
+        count = max(1, math.ceil((last - first) / step - 1e-6))
+        tried = [first + i * (last - first) / count for i in range(count + 1)]
+        tried = tried[:-1] if last - first >= 180 else tried  # 180° is 0° again
         return SearchRange(self.low, self.high, tuple(tried), self.astigmatism)
 
 
@@ -78,7 +80,6 @@ class Spectrum:
     bins: PolarBins
     lags: Tensor  # (l,) share of a modulation with lag 0, lag_step, … Å that the window leaves
     lag_step: float
-    independent: float  # tiles' worth of independent values
     picture: Tensor  # (b, b) float32 centred amplitudes
     picture_pixel: float  # Å
 
@@ -143,13 +144,13 @@ def micrograph_spectrum(
     """
     if min(image.shape) < LEAST_SIDE:
         raise BadInput(f"is {image.shape[1]} x {image.shape[0]} px; at least {LEAST_SIDE} x {LEAST_SIDE} are needed for a power spectrum")
-    image = image.to(device).float()
+    image = image.to(device, torch.float32)
     mean, spread = image.mean(), image.std()
     if not bool(torch.isfinite(spread)):
         raise BadInput("holds values that are not finite; make it again")
     if float(spread) <= 1e-6 * abs(float(mean)):
         raise BadInput("every pixel has the same value; leave the micrograph out")
-    image = ((image - mean) / spread).clamp(-6, 6)  # hot pixels, the black of ice crystals
+    image = (image - mean).div_(spread).clamp_(-6, 6)  # hot pixels, the black of ice crystals
     side, rows, columns = tile_layout((image.shape[0], image.shape[1]), pixel_size)
     bins = tile_bins(side, pixel_size, settings, device) if bins is None else bins
     n, width = _cropped(side, pixel_size)
@@ -170,10 +171,8 @@ def micrograph_spectrum(
             total += power * scale
             place.append([(x + side / 2 - image.shape[1] / 2) * pixel_size, (y + side / 2 - image.shape[0] / 2) * pixel_size])
     lags = _autocorrelation(edge)
-    covered = image.numel() / side**2 * float(edge.square().mean()) ** 2
     picture, picture_pixel = _picture(total / len(tiles), side * pixel_size, settings.box)
-    return Spectrum(torch.stack(tiles), torch.tensor(place, dtype=torch.float64), bins, lags, pixel_size,
-                    min(float(len(tiles)), max(1.0, covered)), picture, picture_pixel)  # fmt: skip
+    return Spectrum(torch.stack(tiles), torch.tensor(place, dtype=torch.float64), bins, lags, pixel_size, picture, picture_pixel)
 
 
 def _soft_edges(side: int, device: torch.device) -> Tensor:
@@ -226,7 +225,7 @@ def saved_spectrum(amplitudes: Tensor, pixel_size: float, settings: CtfSettings,
     lags = torch.ones(n // 2 + 1, dtype=torch.float64, device=values.device)
     place = torch.zeros(1, 2, dtype=torch.float64)
     picture, step = (values, pixel_size) if n <= settings.box else _picture(power, n * pixel_size, settings.box)
-    return Spectrum(polar[None], place, bins, lags, pixel_size, 1.0, picture, step)
+    return Spectrum(polar[None], place, bins, lags, pixel_size, picture, step)
 
 
 def saved_bins(side: int, pixel_size: float, settings: CtfSettings, device: torch.device | str = "cpu") -> PolarBins:
@@ -308,11 +307,11 @@ def local_tilt(spectrum: Spectrum, rings: Rings, best: RingFit) -> tuple[float, 
     bend = (a - 2 * b + c).clamp(max=-1e-12)
     local = offset[top] + step * (0.5 * (a - c) / bend).clamp(-1, 1)
     variance = data.square().mean(-1) / (-bend / step**2)
-    return _plane(spectrum.place, local.cpu(), variance.cpu(), t / spectrum.independent)
+    return _plane(spectrum.place, local.cpu(), variance.cpu())
 
 
-def _plane(place: Tensor, local: Tensor, variance: Tensor, shared: float) -> tuple[float, float, float]:
-    """Tilt of the plane through local defoci; `shared`: tiles for each independent one. Tiles far off the plane count less."""
+def _plane(place: Tensor, local: Tensor, variance: Tensor) -> tuple[float, float, float]:
+    """Tilt of the plane through local defoci. Tiles far off the plane count less."""
     design = torch.cat([torch.ones(len(place), 1, dtype=torch.float64), place], -1)
     weight = 1 / (variance + 20.0**2)
     for _ in range(5):
@@ -321,7 +320,7 @@ def _plane(place: Tensor, local: Tensor, variance: Tensor, shared: float) -> tup
         left = (local - design @ fitted).abs()
         spread = 1.4826 * float(left.median()) + 10.0
         weight = (1 / (variance + spread**2)) * (2 * spread / left.clamp(min=2 * spread))
-    covariance = torch.linalg.inv(design.T @ (design * weight[:, None])) * shared
+    covariance = torch.linalg.inv(design.T @ (design * weight[:, None])) * SHARED
     slope = float(fitted[1:].norm())
     error = math.sqrt(max(0.0, float(fitted[1:] @ covariance[1:, 1:] @ fitted[1:]))) / max(slope, 1e-12)
     return math.degrees(math.atan(slope)), math.degrees(error), math.degrees(math.atan2(float(fitted[2]), float(fitted[1])))
