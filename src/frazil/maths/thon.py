@@ -310,7 +310,7 @@ def fit(rings: Rings, starts: Tensor, where: SearchRange, iterations: int = 25) 
         damping = torch.where(better, damping * 0.2, damping * 6).clamp(min=1e-6)
         if bool(done.all()):
             break
-    return _chosen(rings, theta, state, prior, where)
+    return _chosen(rings, theta, prior, where)
 
 
 def _columns(rings: Rings, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,7 +377,7 @@ def _newton(rings: Rings, theta: Tensor, state: tuple[Tensor, ...], prior: Tenso
     return step.clamp(-limit, limit), information
 
 
-def _chosen(rings: Rings, theta: Tensor, state: tuple[Tensor, ...], prior: Tensor, where: SearchRange) -> RingFit:
+def _chosen(rings: Rings, theta: Tensor, prior: Tensor, where: SearchRange) -> RingFit:
     """The fit with the least cost whose defocus lies within the range."""
     cost, state = _linear(rings, theta, prior)
     outside = (theta[:, 0] < where.low - 500) | (theta[:, 0] > where.high + 500) | (theta[:, 1:3].norm(dim=-1) > 0.6 * where.astigmatism)
