@@ -330,3 +330,16 @@ def test_half_sets_that_are_given_are_kept(data: Path, tmp_path: Path) -> None:
     write_star(data / "halves.star", tables)
     out = refine(data, tmp_path / "run", "--iterations", 1, star="halves.star")
     assert read_star(out / "run_it001_data.star", text=True)["particles"]["rlnRandomSubset"].tolist() == subset
+
+
+def test_the_resolution_told_is_the_first_crossing(tmp_path: Path) -> None:
+    """A curve that dips below 0.143 and rises again: the window may go on to the rise, the resolution is before the dip (CONVENTIONS)."""
+    from types import SimpleNamespace
+
+    from frazil.jobs.refine3d import resolution
+
+    curve = torch.tensor([1.0, 0.9, 0.9, 0.8, 0.1, 0.5, 0.5, 0.4, 0.0])
+    model = SimpleNamespace(box=16, pixel_size=2.0, fsc=curve)
+    progress = SimpleNamespace(shell=7)
+    assert resolution(SimpleNamespace(joined=model, models=(model,), progress=progress)) == pytest.approx(32 / 3)
+    assert resolution(SimpleNamespace(joined=None, models=(model,), progress=progress)) == pytest.approx(32 / 7)

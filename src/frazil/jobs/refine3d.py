@@ -29,6 +29,7 @@ from frazil.jobs.particles_input import (
 from frazil.jobs.refine_files import model_blocks, optimiser_blocks, sampling_blocks
 from frazil.jobs.refine_report import refine3d_report
 from frazil.jobs.run import Run
+from frazil.maths.fsc import resolution_at
 from frazil.refine.convergence import Progress
 from frazil.refine.model import Model, Poses
 from frazil.refine.residence import resident
@@ -120,12 +121,19 @@ def check_halves(params: Params, particles: Particles, used: Tensor) -> None:
         )
 
 
+def resolution(state: State) -> float:
+    """Å. At the end where the halves' FSC first falls below 0.143; before that what decides the window: it may jump a dip (spec 3.9)."""
+    model = state.joined or state.models[0]
+    if state.joined is None:
+        return model.box * model.pixel_size / max(state.progress.shell, 1)
+    return float(resolution_at(model.fsc, 0.143, model.box, model.pixel_size))
+
+
 def record(run: Run, params: Params, state: State) -> None:
     """One line for people, one event for the page and the report."""
     p, model = state.progress, state.joined or state.models[0]
-    scale = model.box * model.pixel_size
     run.event(
-        "iteration", iteration=p.iteration, box=model.box, pixel_size=model.pixel_size, resolution=scale / max(p.shell, 1),
+        "iteration", iteration=p.iteration, box=model.box, pixel_size=model.pixel_size, resolution=resolution(state),
         current_size=p.size, peak_gb=peak_memory(run) / 1e9, coarse_size=p.coarse_size,
         healpix_order=state.sampling.order, local=state.sampling.sigma is not None, offset_range=state.sampling.offset_range,
         offset_step=state.sampling.offset_step, accuracy_rotation=p.accuracy_rotation, accuracy_shift=p.accuracy_shift,
@@ -137,7 +145,7 @@ def record(run: Run, params: Params, state: State) -> None:
     where = "local" if state.sampling.sigma is not None else "global"
     accuracy = f"{p.accuracy_rotation:.2f}° {p.accuracy_shift:.2f} Å" if p.accuracy_rotation < 999 else "not known yet"
     run.note(
-        f"iteration {p.iteration}{' (last)' if p.converged else ''}: resolution {scale / max(p.shell, 1):.2f} Å, "
+        f"iteration {p.iteration}{' (last)' if p.converged else ''}: resolution {resolution(state):.2f} Å, "
         f"{where} search {state.sampling.step:.3g}°, window {p.size} px, accuracy {accuracy}, "
         f"moved {p.change_rotation:.2f}° {p.change_shift:.2f} Å"
     )
@@ -187,19 +195,27 @@ def write_results(run: Run, params: Params, state: State, table: ParticleSet, us
         run.warn(f"not converged after {state.progress.iteration} iterations: the halves were not joined; raise --iterations to go on")
         refine3d_report(run.path)
         return
-    a = state.joined.pixel_size
+    a, joined, unfiltered, found = state.joined.pixel_size, state.joined, state.unfiltered, resolution(state)
+    furthest = joined.box * a / max(state.progress.shell, 1)
+    # What the files call the resolution is the same as what is printed.
+    state = replace(state, progress=replace(state.progress, shell=max(1, round(joined.box * a / found))))
     for h in (1, 2):
-        write_mrc(run.file(f"run_half{h}_class001_unfil.mrc"), state.unfiltered[h - 1], a)
+        write_mrc(run.file(f"run_half{h}_class001_unfil.mrc"), unfiltered[h - 1], a)
     final = run.file("run_class001.mrc")
-    write_mrc(final, state.joined.maps[0], a)
+    write_mrc(final, joined.maps[0], a)
     model = run.file("run_model.star")
-    write_star(model, half_model_blocks(state, params, state.joined, 0, final))
+    write_star(model, half_model_blocks(state, params, joined, 0, final))
     write_data_and_settings(run, params, state, table, used, "run", (str(model), str(model)))
     refine3d_report(run.path)
-    p, scale = state.progress, state.joined.box * a
+    p = state.progress
+    if furthest < 0.97 * found:
+        run.warn(
+            f"the FSC of the halves falls below 0.143 at {found:.2f} Å and rises again, to {furthest:.2f} Å: the first is the resolution; "
+            f"look at the curve, a dip may come from preferred views, a wrong CTF, or a structure that is not resolved"
+        )
     kind = "mask-corrected" if params.solvent_correct_fsc else "unmasked"
     run.summary(
-        f"resolution {scale / max(p.shell, 1):.2f} Å (FSC 0.143 of independent halves, {kind}), "
+        f"resolution {found:.2f} Å (FSC 0.143 of independent halves, {kind}), "
         f"{p.iteration} iterations, {len(used)} particles",
         f"expected accuracy {p.accuracy_rotation:.2f}° and {p.accuracy_shift:.2f} Å",
         f"map {final}, report {run.file('report.html')}",
