@@ -20,7 +20,7 @@ demo: $(STAMP)   ## simulate particles, refine them, compare with the truth (und
 	$(BIN)/frazil demo --output demo
 
 test: $(STAMP)   ## unit tests, real data and other programs' files where present
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)  ## lint, types, layers
 	$(BIN)/ruff check .
