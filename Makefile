@@ -28,7 +28,7 @@ check: $(STAMP)  ## lint, types, layers
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 slow: $(STAMP)   ## whole jobs on simulated and real particles
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu'
 
 gpu: $(STAMP)    ## the op tests and jobs that need a GPU
 	$(BIN)/python -m pytest -m gpu
