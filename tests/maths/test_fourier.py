@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from frazil.maths import fourier
 from frazil.maths.filters import friedel_weights
 from frazil.maths.fourier import (
     fourier_resample,
@@ -269,3 +270,17 @@ def test_a_stack_as_deep_as_wide_can_be_resampled_as_images(rng: torch.Generator
     assert small.shape == (12, 8, 8)
     torch.testing.assert_close(small[5], fourier_resample(stack[5], 8))
     assert fourier_resample(stack, 8).shape == (8, 8, 8)
+
+
+@pytest.mark.parametrize(("box", "pad", "r_max"), [(16, 2.0, 8), (16, 2.0, 5), (12, 1.0, 6)])
+def test_transforms_by_products_are_those_by_ffts(rng: torch.Generator, monkeypatch, box: int, pad: float, r_max: int) -> None:
+    """What a GPU does, on the CPU, in one chunk and in many."""
+    big, m = round_half_away(pad * box), half_volume_radius(pad, r_max)
+    volume = torch.randn(box, box, box, generator=rng, dtype=torch.float64)
+    half = padded_ft(volume, pad, r_max)
+    hermitian = make_hermitian(half * torch.randn(half.shape, generator=rng, dtype=torch.float64))
+    back = map_from_half_volume(hermitian, pad, box)
+    for elements in (fourier.PRODUCT, 1):
+        monkeypatch.setattr(fourier, "PRODUCT", elements)
+        torch.testing.assert_close(fourier._inside_sphere_(fourier._padded_by_products(volume / box**2, big, m)), half)
+        torch.testing.assert_close(fourier._cropped_by_products(hermitian, big, box) * (box**2 / big**3), back)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from frazil.data import BadInput
@@ -16,7 +16,17 @@ from frazil.jobs.class_report import class_report
 from frazil.jobs.classify_files import Output, pack_state, part_of, resolutions, unpack_state
 from frazil.jobs.classify_run import check_counts, check_poses, continued, device_errors, run_iterations
 from frazil.jobs.inputs import PIXEL_TOLERANCE
-from frazil.jobs.particles_input import Subset, memory_budget, open_checked, read_table, tick, usable_particles, warn_of_oddities
+from frazil.jobs.particles_input import (
+    Subset,
+    check_diameter,
+    memory_budget,
+    open_checked,
+    option,
+    read_table,
+    tick,
+    usable_particles,
+    warn_of_oddities,
+)
 from frazil.jobs.run import Run
 from frazil.refine.gradient import Moments
 from frazil.refine.parallel import world_of_environment
@@ -27,26 +37,17 @@ POSITIONAL = ("particles",)
 HAS_RUN_DIRECTORY = True
 
 
-def _field(default: Any, text: str, level: str = "expert", *, may_change: bool = False, **limits: Any) -> Any:
-    return Field(default, description=text, json_schema_extra={"unit": "", "level": level, "may_change": may_change}, **limits)
-
-
 class Params(Class2dParams):
     """Class averages of particles, without a reference."""
 
-    particles: Path | None = _field(None, "particle STAR file (RELION 3.0 to 5); with --continue those of its data.star", "basic")
-    reference: Path | None = _field(None, "stack of averages to start from, one a class (or one for all); none: from the particles alone")
-    mask: Path | None = _field(None, "solvent mask for the averages, an image with values 0 to 1; none: a circle of the diameter")
-    continue_: Path | None = _field(None, "go on from this run_itNNN_optimiser.star (em), with its settings but those given here", "basic")
-    write_every: int = _field(10, "write run_itNNN files every so many iterations; 0: of the last only", ge=0, may_change=True)
-    iterations: int = _field(0, Class2dParams.model_fields["iterations"].description or "", "basic", ge=0, may_change=True)
+    particles: Path | None = option(None, "particle STAR file (RELION 3.0 to 5); with --continue those of its data.star", "basic")
+    reference: Path | None = option(None, "stack of averages to start from, one a class (or one for all); none: from the particles alone")
+    mask: Path | None = option(None, "solvent mask for the averages, an image with values 0 to 1; none: a circle of the diameter")
+    continue_: Path | None = option(None, "go on from this run_itNNN_optimiser.star (em), with its settings but those given here", "basic")
+    write_every: int = option(10, "write run_itNNN files every so many iterations; 0: of the last only", ge=0, may_change=True)
+    iterations: int = option(0, Class2dParams.model_fields["iterations"].description or "", "basic", ge=0, may_change=True)
 
-    @field_validator("diameter")
-    @classmethod
-    def _positive(cls, value: float) -> float:
-        if value <= 0 and value != -1:
-            raise ValueError("should be above 0, or -1 for the whole box")
-        return value
+    _diameter = field_validator("diameter")(check_diameter)
 
 
 def run(params: Params, run: Run) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from frazil.data import BadInput, Particles, Volume
@@ -18,9 +18,11 @@ from frazil.jobs.classify_run import check_counts, check_poses, continued, devic
 from frazil.jobs.inputs import check_same_grid, check_symmetry, read_cube, read_mask_for
 from frazil.jobs.particles_input import (
     Subset,
+    check_diameter,
     load_reference,
     memory_budget,
     open_checked,
+    option,
     read_table,
     tick,
     usable_particles,
@@ -36,30 +38,21 @@ POSITIONAL = ("particles",)
 HAS_RUN_DIRECTORY = True
 
 
-def _field(default: Any, text: str, level: str = "expert", *, may_change: bool = False, **limits: Any) -> Any:
-    return Field(default, description=text, json_schema_extra={"unit": "", "level": level, "may_change": may_change}, **limits)
-
-
 class Params(Class3dParams):
     """Several maps from particles and one or several rough references."""
 
-    particles: Path | None = _field(None, "particle STAR file (RELION 3.0 to 5); with --continue those of its data.star", "basic")
-    reference: Path | None = _field(
+    particles: Path | None = option(None, "particle STAR file (RELION 3.0 to 5); with --continue those of its data.star", "basic")
+    reference: Path | None = option(
         None, "rough map for all classes, or a STAR file with a column _rlnReferenceImage: one map a class", "basic"
     )
-    mask: Path | None = _field(None, "solvent mask, values 0 to 1", "basic")
-    mask2: Path | None = _field(None, "second mask: its region is set to its own mean")
-    mask_lowpass: Path | None = _field(None, "third mask: its region is kept, low-passed to --mask-lowpass-resolution")
-    continue_: Path | None = _field(None, "go on from this run_itNNN_optimiser.star, with its settings but those given here", "basic")
-    write_every: int = _field(1, "write run_itNNN files every so many iterations; 0: of the last only", ge=0, may_change=True)
-    iterations: int = _field(25, Class3dParams.model_fields["iterations"].description or "", "basic", ge=1, may_change=True)
+    mask: Path | None = option(None, "solvent mask, values 0 to 1", "basic")
+    mask2: Path | None = option(None, "second mask: its region is set to its own mean")
+    mask_lowpass: Path | None = option(None, "third mask: its region is kept, low-passed to --mask-lowpass-resolution")
+    continue_: Path | None = option(None, "go on from this run_itNNN_optimiser.star, with its settings but those given here", "basic")
+    write_every: int = option(1, "write run_itNNN files every so many iterations; 0: of the last only", ge=0, may_change=True)
+    iterations: int = option(25, Class3dParams.model_fields["iterations"].description or "", "basic", ge=1, may_change=True)
 
-    @field_validator("diameter")
-    @classmethod
-    def _positive(cls, value: float) -> float:
-        if value <= 0 and value != -1:
-            raise ValueError("should be above 0, or -1 for the whole box")
-        return value
+    _diameter = field_validator("diameter")(check_diameter)
 
 
 def run(params: Params, run: Run) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from frazil.data import BadInput, Images, Particles, Volume
@@ -18,6 +20,19 @@ from frazil.jobs.run import Run
 from frazil.maths.fourier import resolution_shell
 
 CPU_BUDGET = 0.5  # share of the free main memory a CPU run works in
+
+
+def option(default: Any, text: str, level: str = "expert", *, may_change: bool = False, **limits: Any) -> Any:
+    """A field of the parameters of a job on particles; may_change: between a run and its --resume."""
+    return Field(default, description=text, json_schema_extra={"unit": "", "level": level, "may_change": may_change}, **limits)
+
+
+def check_diameter(value: float) -> float:
+    """The mask's diameter as it is; ValueError unless it is above 0, or −1 for the whole box."""
+    if value <= 0 and value != -1:
+        raise ValueError("should be above 0, or -1 for the whole box")
+    return value
+
 
 
 def read_table(path: Path) -> ParticleSet:

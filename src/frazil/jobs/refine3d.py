@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from frazil.data import BadInput, Particles, Volume
@@ -17,9 +17,11 @@ from frazil.io.star import write_star
 from frazil.jobs.inputs import check_symmetry, read_mask_for
 from frazil.jobs.particles_input import (
     Subset,
+    check_diameter,
     load_reference,
     memory_budget,
     open_checked,
+    option,
     peak_memory,
     read_table,
     tick,
@@ -40,26 +42,17 @@ POSITIONAL = ("particles",)
 HAS_RUN_DIRECTORY = True
 
 
-def _field(default: Any, text: str, level: str = "expert", *, may_change: bool = False, **limits: Any) -> Any:
-    return Field(default, description=text, json_schema_extra={"unit": "", "level": level, "may_change": may_change}, **limits)
-
-
 class Params(Refine3dParams):
     """Gold-standard auto-refinement of one map from particles and a rough reference."""
 
-    particles: Path = _field(..., "particle STAR file (RELION 3.0 to 5)", "basic")
-    reference: Path = _field(..., "rough map to start from, same box and pixel size as the particles", "basic")
-    mask: Path | None = _field(None, "solvent mask, values 0 to 1", "basic")
-    mask2: Path | None = _field(None, "second mask: its region is set to its own mean")
-    write_iterations: bool = _field(False, "also write run_itNNN files after every iteration", may_change=True)
-    iterations: int = _field(999, Refine3dParams.model_fields["iterations"].description or "", ge=1, may_change=True)
+    particles: Path = option(..., "particle STAR file (RELION 3.0 to 5)", "basic")
+    reference: Path = option(..., "rough map to start from, same box and pixel size as the particles", "basic")
+    mask: Path | None = option(None, "solvent mask, values 0 to 1", "basic")
+    mask2: Path | None = option(None, "second mask: its region is set to its own mean")
+    write_iterations: bool = option(False, "also write run_itNNN files after every iteration", may_change=True)
+    iterations: int = option(999, Refine3dParams.model_fields["iterations"].description or "", ge=1, may_change=True)
 
-    @field_validator("diameter")
-    @classmethod
-    def _positive(cls, value: float) -> float:
-        if value <= 0 and value != -1:
-            raise ValueError("should be above 0, or -1 for the whole box")
-        return value
+    _diameter = field_validator("diameter")(check_diameter)
 
 
 def run(params: Params, run: Run) -> None:

@@ -143,15 +143,11 @@ def transform_axis(data: Tensor, dim: int, transform: Callable[[Tensor], Tensor]
 
 
 def padded_ft(volume: Tensor, pad: float, r_max: int) -> Tensor:
-    """Half volume (see module docstring) of a map (N, N, N) zero-padded P times, up to shell r_max; half plane of an image (N, N).
+    """Half volume (see module docstring) of a map (N, N, N) zero-padded P times, up to shell r_max.
 
     Each axis is transformed on its own and cropped at once, so that a low r_max costs little and nothing of side P·N cubed is held:
     by FFTs of the padded axis on a CPU, as a product with the few waves that are wanted on a GPU, where that is faster at any size.
     """
-    if volume.ndim == 2:  # an image, a 2D reference: its half plane
-        from frazil.maths.fourier2d import padded_planes  # which imports this module
-
-        return padded_planes(volume, pad, r_max)
     n = volume.shape[-1]
     big, m = round_half_away(pad * n), half_volume_radius(pad, r_max)
     if volume.is_cuda:
