@@ -84,12 +84,14 @@ def reference_volumes(model: Model, size: int, engine: Engine) -> Tensor:
     correction = sinc2(model.box, engine.pad, device=engine.device, dtype=engine.dtype, dims=dims)
     if dims == 2:
         return padded_planes(model.maps.to(correction) / correction, engine.pad, size // 2)
-    first = padded_ft(model.maps[0].to(correction) / correction, engine.pad, size // 2)[None]
+    made = (padded_ft(volume.to(correction) / correction, engine.pad, size // 2) for volume in model.maps)
+    first = next(made)[None]
     if len(model.maps) == 1:
         return first
-    out = first.new_empty(len(model.maps), *first.shape[1:])
-    for k, volume in enumerate(model.maps):
-        out[k] = padded_ft(volume.to(correction) / correction, engine.pad, size // 2) if k else first[0]
+    out = first.new_empty(len(model.maps), *first.shape[1:])  # filled one by one: a stack would hold all of them twice
+    out[0] = first[0]
+    for k, volume in enumerate(made, 1):
+        out[k] = volume
     return out
 
 
@@ -120,7 +122,7 @@ def make_group(step: Pass, number: int, frame: Frame, plan: Plan) -> Group:
         fine_phases=shift_phases(frame, grid.fine_shifts(), frame.inside, engine),
         inverse=inverse.to(engine.dtype),
         likelihood=likelihood.to(engine.dtype),
-        half=grid.first_half(),
+        half=grid.first_half().to(engine.device),
         coarse=None,
     )
     searched = grid.sampling.sigma is None and grid.rotations is None
@@ -135,7 +137,7 @@ def coarse_slices(step: Pass, group: Group, a: int, b: int) -> Tensor:
     """(b − a, p_0) slices of the coarse orientations with psi < 180°, counted through the classes."""
     h, p, engine = len(group.half), len(group.coarse_phases), step.engine
     number = torch.arange(a, b, device=engine.device)
-    rotations = step.grid.coarse_rotations(group.half.to(engine.device)[number % h]).to(engine.dtype)
+    rotations = step.grid.coarse_rotations(group.half[number % h]).to(engine.dtype)
     one = len(step.volumes) == 1
     return project(
         step.volumes[0] if one else step.volumes, rotations, group.frame.coords[:p], engine.pad, which=None if one else number // h,
@@ -188,7 +190,7 @@ def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, o
     for first, some in parts:
         with step.clock("coarse products"):
             flat = torch.arange(first, first + len(some), device=old.device)
-            klass, o = flat // h, group.half.to(old.device)[flat % h]
+            klass, o = flat // h, group.half[flat % h]
             prior = step.log_direction[klass, o // grid.n_psi]
             if len(step.offset) > 1:
                 prior = prior - (step.offset[klass].square().sum(-1) / (2 * step.model.sigma_offset**2)).to(prior)
@@ -345,11 +347,11 @@ def local_rows(step: Pass, particles: Particles, index: Tensor, only: int | None
     """The coarse orientations near the prior rotation of each particle; on a fixed grid its own rotation."""
     engine, grid = step.engine, step.grid
     if grid.rotations is not None:
-        image, o = torch.arange(len(index), device=engine.device), index.to(engine.device)
+        image, o = torch.arange(len(index), device=engine.device), index
         log = torch.zeros(len(index), dtype=torch.float64, device=engine.device)
     else:
         centre = particles.prior_rotation if particles.prior_rotation is not None else particles.rotation
-        near = neighbours(grid, centre[index].to(engine.device), engine.relion_form)
+        near = neighbours(grid, centre[index], engine.relion_form)
         image, o, log = near.image, near.orientation, near.log_prior
     classes = torch.arange(step.model.classes, device=o.device) if only is None else torch.tensor([only], device=o.device)
     k = len(classes)
