@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -76,8 +77,8 @@ def write_maps(folder: Path, root: str, state: ClassifyState) -> list[str]:
             write_mrc(folder / "run_unmasked_classes.mrcs", state.unmasked.float(), a, stack=True)
         return [f"{k + 1:06d}@{stack}" for k in range(len(maps))]
     files = [folder / f"{root}_class{k + 1:03d}.mrc" for k in range(len(maps))]
-    for file, density in zip(files, maps, strict=True):
-        write_mrc(file, density, a)
+    with ThreadPoolExecutor(8) as pool:  # gigabytes an iteration where boxes are large
+        list(pool.map(lambda file, density: write_mrc(file, density, a), files, maps))
     return [str(file) for file in files]
 
 

@@ -24,6 +24,9 @@ from frazil.refine.windows import Engine
 from frazil.steps.classify import UNKNOWN, ClassifyJob, ClassifyParams, ClassifyState, classify
 
 
+CHECKPOINT_SECONDS = 30.0  # between checkpoints: where iterations take less, those in between are not worth the gigabytes
+
+
 class DeviceLost(RuntimeError):
     """The GPU stopped working in the middle of a run; what was written stands."""
 
@@ -112,7 +115,7 @@ def run_iterations(
                 copy, last = host_copy(state), number == params.iterations
                 if last or (write_every and number % write_every == 0):
                     writer.do(lambda copy=copy, last=last: write_iteration(out, copy(), last=last))
-                writer.newest("checkpoint", lambda copy=copy: run.save_checkpoint({**pack(copy()), "budget": budget}))
+                writer.newest("checkpoint", lambda copy=copy: run.save_checkpoint({**pack(copy()), "budget": budget}), CHECKPOINT_SECONDS)
             run.check_stop()
     return state
 

@@ -25,6 +25,9 @@ class Class3dParams(ClassifyParams):
     sigma_ang: float | None = setting(
         None, "search only near the last orientations: standard deviation of the angles; none: everywhere", "degrees", gt=0
     )
+    equal_filter: bool = setting(
+        True, "filter the maps of all classes alike, so that a class does not gain particles by being large; no: as RELION, each by its own"
+    )
     allow_coarser_sampling: bool = setting(False, "use a coarser grid while its steps are finer than the expected accuracy")
     mask_lowpass_resolution: float = setting(30.0, "low-pass filter of the region of --mask-lowpass", "Å", gt=0)
 
@@ -65,7 +68,8 @@ def coarser_sampling(first: Sampling, accuracy_rotation: float, accuracy_shift: 
 def new_maps(job: ClassifyJob, model: Model, statistics: Statistics, tau2: Tensor) -> Reconstruction:
     """Maps of all classes, where the present ones are."""
     assert isinstance(job.params, Class3dParams)
-    return reconstruct_classes(statistics, tau2, job.params.symmetry, model.box, job.engine, str(model.maps.device))
+    p, place = job.params, str(model.maps.device)
+    return reconstruct_classes(statistics, tau2, p.symmetry, model.box, job.engine, place, alike=p.equal_filter)
 
 
 def finish_(job: ClassifyJob, maps: Tensor, pixel_size: float) -> Tensor:
