@@ -183,6 +183,8 @@ def kept_settings(params: ClassifyParams, general: dict[str, str], model: Path, 
     flag = lambda label, default: bool(int(number(label, default)))  # noqa: E731
     first = lambda label, default: float(s.get(f"{label}Original", s.get(label, default)))  # noqa: E731
     strict = number("rlnHighresLimitExpectation", -1)
+    # Local searches at a finer order than the run began with are the doing of --auto-sampling, which then goes on by itself.
+    local = int(m["rlnOrientationalPriorMode"]) and int(s.get("rlnHealpixOrder", 0)) <= int(first("rlnHealpixOrder", 2))
     found: dict[str, Any] = {
         "iterations": int(number("rlnNumberOfIterations", 25)), "tau_fudge": float(m["rlnTau2FudgeFactor"]),
         "pad": float(m["rlnPaddingFactor"]), "diameter": number("rlnParticleDiameter", -1), "mask_edge": number("rlnWidthMaskEdge", 5),
@@ -195,7 +197,7 @@ def kept_settings(params: ClassifyParams, general: dict[str, str], model: Path, 
         "strict_highres": strict if strict > 0 else None, "perturb": float(s["rlnSamplingPerturbFactor"]),
         "offset_range": first("rlnOffsetRange", 0) / pixel_size, "offset_step": first("rlnOffsetStep", 0) / pixel_size,
         "healpix_order": int(first("rlnHealpixOrder", 2)), "symmetry": str(s.get("rlnSymmetryGroup", "C1")),
-        "sigma_ang": float(m["rlnSigmaPriorRotAngle"]) if int(m["rlnOrientationalPriorMode"]) else None,
+        "sigma_ang": float(m["rlnSigmaPriorRotAngle"]) if local else None,
         "psi_step": first("rlnPsiStep", 12),
         "mask": path_or_none(general.get("rlnSolventMaskName")), "mask2": path_or_none(general.get("rlnSolventMask2Name")),
     }  # fmt: skip

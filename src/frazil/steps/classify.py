@@ -85,8 +85,8 @@ class ClassifyParams(BaseModel):
         """The search grid the run starts with."""
         raise NotImplementedError
 
-    def next_sampling(self, progress: Progress, box: int, pixel_size: float) -> Sampling:
-        """The search grid of the next iteration (without the perturbation); by default always the first."""
+    def next_sampling(self, progress: Progress, last: Sampling, box: int, pixel_size: float) -> Sampling:
+        """The search grid of iteration `progress.iteration` (without the perturbation) after `last`; by default always the first."""
         return self.sampling(pixel_size)
 
 
@@ -201,7 +201,7 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     accuracy = job.world.tell(accuracies(job, state, size, another, cc) if job.world.rank == 0 else state.accuracy)
     best = accuracy.amin(0).tolist()
     progress = replace(state.progress, iteration=iteration, accuracy_rotation=best[0], accuracy_shift=best[1])
-    sampling = replace(p.next_sampling(progress, model.box, model.pixel_size), instance=state.sampling.instance)
+    sampling = replace(p.next_sampling(progress, state.sampling, model.box, model.pixel_size), instance=state.sampling.instance)
     if not p.skip_align:
         sampling = sampling.perturbed(generator)
     model = with_directions(model, sampling, p)
