@@ -184,8 +184,9 @@ class _NewMrc(MrcFile):
             total += float(part.sum())
             square += float(torch.dot(part, part))
         mean = total / values.size
-        self.header.dmin, self.header.dmax, self.header.dmean = low, high, (first or 0.0) + mean
-        self.header.rms = math.sqrt(max(0.0, square / values.size - mean**2))
+        header: Any = self.header
+        header.dmin, header.dmax, header.dmean = low, high, (first or 0.0) + mean
+        header.rms = math.sqrt(max(0.0, square / values.size - mean**2))
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from frazil.refine.residence import resident
 from frazil.refine.windows import Engine
 from frazil.steps.classify import UNKNOWN, ClassifyJob, ClassifyParams, ClassifyState, classify
 
-
 CHECKPOINT_SECONDS = 30.0  # between checkpoints: where iterations take less, those in between are not worth the gigabytes
 
 

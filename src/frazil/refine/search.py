@@ -95,10 +95,11 @@ def reference_volumes(model: Model, size: int, engine: Engine) -> Tensor:
     return out
 
 
-def make_pass(model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], clock: Clock) -> Pass:
-    """A pass over a grid with a model; transforms the references."""
-    with clock("reference"):
-        volumes = reference_volumes(model, sizes[0], engine)
+def make_pass(model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], clock: Clock, volumes: Tensor | None = None) -> Pass:
+    """A pass over a grid with a model; transforms the references, unless their transforms are given."""
+    if volumes is None:
+        with clock("reference"):
+            volumes = reference_volumes(model, sizes[0], engine)
     offset = torch.zeros(1, 2, dtype=torch.float64) if model.prior_offset is None else model.prior_offset
     prior = model.pdf_direction if grid.rotations is None else model.pdf_class[:, None]
     if grid.sampling.sigma is not None:

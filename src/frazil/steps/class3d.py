@@ -30,7 +30,7 @@ class Class3dParams(ClassifyParams):
         True, "filter the maps of all classes alike, so that a class does not gain particles by being large; no: as RELION, each by its own"
     )
     auto_sampling: bool = setting(
-        True, "after a quarter of the iterations search finer, near the last poses, while the steps are coarser than the expected accuracy; "
+        True, "after a quarter of the iterations search finer, near the last poses, while steps are coarser than the expected accuracy; "
         "not with --sigma-ang, --skip-align, --skip-rotate or --allow-coarser-sampling. no: one grid for all iterations, as RELION",
         level="basic",
     )  # fmt: skip
@@ -89,20 +89,21 @@ def coarser_sampling(first: Sampling, accuracy_rotation: float, accuracy_shift: 
 
 
 def new_maps(job: ClassifyJob, model: Model, statistics: Statistics, tau2: Tensor) -> Reconstruction:
-    """Maps of all classes, where the present ones are."""
+    """Maps of this process's classes, where the present ones are."""
     assert isinstance(job.params, Class3dParams)
     p, place = job.params, str(model.maps.device)
-    return reconstruct_classes(statistics, tau2, p.symmetry, model.box, job.engine, place, alike=p.equal_filter)
+    return reconstruct_classes(statistics, tau2, p.symmetry, model.box, job.engine, place, alike=p.equal_filter, world=job.world)
 
 
 def finish_(job: ClassifyJob, maps: Tensor, pixel_size: float) -> Tensor:
-    """Solvent-flattened maps (spec 3.6.10), in place: V·M, its second region's mean, and V·M_l low-passed."""
+    """Solvent-flattened maps (spec 3.6.10), in place: V·M, its second region's mean, and V·M_l low-passed. Of this process's classes."""
     p = job.params
     if not p.flatten_solvent:
         return maps
     assert isinstance(p, Class3dParams)
     mask = solvent_sphere(maps[0], pixel_size, p.diameter, p.mask_edge) if job.mask is None else job.mask.to(maps)
-    for i, density in enumerate(maps):
+    for i in job.world.own(len(maps)):
+        density = maps[i]
         flat = flatten_solvent(density, pixel_size, p.diameter, p.mask_edge, mask, job.mask2)
         if job.mask_lowpass is not None:
             flat = flat + lowpass_map(density * job.mask_lowpass.to(density), pixel_size, p.mask_lowpass_resolution)
@@ -110,4 +111,4 @@ def finish_(job: ClassifyJob, maps: Tensor, pixel_size: float) -> Tensor:
     return maps
 
 
-FORM = Form(power=reference_power, reconstruct=new_maps, finish=finish_)
+FORM = Form(power=reference_power, reconstruct=new_maps, finish=finish_, each_its_own=True)

@@ -231,7 +231,7 @@ def bf16_products(allow: bool) -> Iterator[None]:
 
 
 def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor, depth: float,
-               fraction: float, most: int, cc: bool, batch: int | None, rank_only: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+               fraction: float, most: int, cc: bool, batch: int | None, rank_only: bool) -> tuple[Tensor, ...]:
     """See frazil.ops.compare.candidates: fields of Candidates."""
     follow_threads()
     (h, p), b, shifts = slices.shape, len(images), phases.shape[1]

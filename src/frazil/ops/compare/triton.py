@@ -211,7 +211,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor, depth: float,
-               fraction: float, most: int, cc: bool, batch: int | None, tf32: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+               fraction: float, most: int, cc: bool, batch: int | None, tf32: bool) -> tuple[Tensor, ...]:
     """See frazil.ops.compare.candidates: fields of Candidates."""
     (h, p), b, shifts, device = slices.shape, len(images), phases.shape[1], power.device
     batch = max(1, min(b, batch or work_bytes() // (2 * shifts * max(h, p) * power.element_size() or 1)))
