@@ -208,7 +208,7 @@ def test_unusable_images_are_dropped_counted_and_listed(data: Path, spoilt: Path
     poke(spoilt / "stacks" / "mic0001.mrcs", 7, 2.5)
     poke(spoilt / "stacks" / "mic0005.mrcs", 0, float("inf"))
     out = refine(spoilt, tmp_path / "run", "--iterations", 1)
-    names = ["000004@stacks/mic0001.mrcs", "000008@stacks/mic0001.mrcs", "000001@stacks/mic0005.mrcs"]
+    names = [f"{n}@{spoilt}/stacks/mic000{m}.mrcs" for n, m in (("000004", 1), ("000008", 1), ("000001", 5))]
     reasons = ["not finite", "constant", "not finite"]
     assert (out / "dropped_particles.txt").read_text().splitlines() == [f"{n}\t{r}" for n, r in zip(names, reasons, strict=True)]
     assert any(w.startswith("3 of 200 particles are constant or hold NaN and are left out (first: row 4,") for w in warnings_of(out))

@@ -152,7 +152,7 @@ def read_classification(optimiser: Path, folder: Path) -> tuple[ClassifyState, P
     find = lambda label: beside(optimiser, folder, general[label])  # noqa: E731
     model = read_model(find("rlnModelStarFile"), folder)
     star = dict(read_star(find("rlnModelStarFile"))["model_general"])
-    table = read_particles(find("rlnExperimentalDataStarFile"))
+    table = read_particles(find("rlnExperimentalDataStarFile")).from_here()
     sampling = read_sampling(find("rlnOrientSamplingStarFile"), int(general["rlnAdaptiveOversampleOrder"]))
     if int(star["rlnOrientationalPriorMode"]):
         sampling = replace(sampling, sigma=float(star["rlnSigmaPriorRotAngle"]))

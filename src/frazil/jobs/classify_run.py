@@ -161,7 +161,7 @@ def continued(params: Any, dims: int) -> tuple[ClassifyState, ParticleSet, Any, 
         raise BadInput(f"{path}: is of a {5 - dims}D classification; `frazil class{5 - dims}d` continues it")
     if params.particles is not None:
         given = read_table(params.particles)
-        i, _ = match_by_image_name(given, table)
+        i, _ = match_by_image_name(names_in_full(given), names_in_full(table))
         if len(i) != len(given) or len(given) != len(table):
             held = f"{len(i)} of its {len(given)} particles are among the {len(table)}"
             raise BadInput(f"{params.particles}: {held} of {path}; leave it out to go on with those")
@@ -173,6 +173,12 @@ def continued(params: Any, dims: int) -> tuple[ClassifyState, ParticleSet, Any, 
     if state.progress.iteration >= (params.iterations or 25):
         raise BadInput(f"{path}: iteration {state.progress.iteration} is done, --iterations is {params.iterations}; raise it")
     return state, table, params, general
+
+
+def names_in_full(table: ParticleSet) -> list[str]:
+    """Image names with the full path of the stack, by which sets written from other folders can be compared."""
+    split = (name.rpartition("@") for name in table.image_names)
+    return [f"{number or 1}@{Path(stack).absolute()}" for number, _, stack in split]
 
 
 def kept_settings(params: ClassifyParams, general: dict[str, str], model: Path, sampling: Path, pixel_size: float) -> dict[str, Any]:
