@@ -49,9 +49,8 @@ def course(made: ClassSet, args: argparse.Namespace, seed: int) -> dict[str, obj
         make_engine(params, device=device, budget=budget, seed=seed), FORM,
     )  # fmt: skip
     maps = torch.stack([volume.data for volume in made.maps[: args.classes if args.truth else 1]])
-    state, right, start = initial_state(job, particles, maps, pixel_size), [], time.perf_counter()
-    off = 1.0
-    for state in classify(job, state):
+    right, off, start = [], 1.0, time.perf_counter()
+    for state in classify(job, initial_state(job, particles, maps, pixel_size)):
         share, off = agreement(made.particles.klass - 1, state.poses.klass, state.model.pdf_class)
         right.append(round(share, 4))
     return {
