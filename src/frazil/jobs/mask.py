@@ -63,6 +63,8 @@ class Params(MaskParams):
 
 def run(params: Params, run: Run) -> None:
     """Write mask.mrc, plots and report.html."""
+    if run.resumed:
+        run.note("a mask takes less time to make than what is half made to keep: it is made anew")
     grid = read_grid(params)
     data = grid.data.to(run.device)
     curve: ThresholdCurve | None = None

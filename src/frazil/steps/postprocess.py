@@ -18,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 from torch import Tensor
 
+from frazil.data import Watch
 from frazil.maths.filters import lowpass_weights, planes, shell_rows, shell_totals
 from frazil.maths.fsc import NO_RESOLUTION, CorrectedFsc, corrected_for_mask, corrected_fsc, fsc, resolution_at
 from frazil.maths.independence import SHARED_NOISE, identical, shared_shells, solvent_correlation
 
+UNWATCHED = Watch()
 GOLD = 0.143
 TIGHT = 0.1  # FSC of random phases at the resolution from which on the mask is too tight
 DRAWN_VOXELS = 1 << 22  # small boxes get several sets of random phases, up to 8, until so many voxels are drawn
@@ -185,22 +187,42 @@ def sharpen(
 
 def postprocess(
     half1: Tensor, half2: Tensor, mask: Tensor | None, pixel_size: float, params: PostprocessParams,
-    mtf: tuple[np.ndarray, float] | None = None, seed: int = 0, progress: Callable[[str], None] = lambda what: None,
+    mtf: tuple[np.ndarray, float] | None = None, seed: int = 0, watch: Watch = UNWATCHED,
 ) -> Postprocessed:  # fmt: skip
     """Everything from two half maps (N, N, N) float32, a mask in [0, 1] or None, and the pixel size in Å; see the module's text."""
     box = half1.shape[-1]
-    progress("FSC curves")
-    curves = compare_halves(half1, half2, mask, pixel_size, params, seed)
+    watch.progress("FSC curves", 1, 4)
+    packed = watch.known.get("curves")
+    packed = _pack(compare_halves(half1, half2, mask, pixel_size, params, seed)) if packed is None else packed
+    watch.keep("curves", packed)
+    curves = _unpack(packed)
     used, told = decide(curves, box, pixel_size, params, mask is not None)
     resolution, at_half = (resolution_at(used, level, box, pixel_size) for level in (GOLD, 0.5))
-    progress("independence of the halves")
-    told += about_independence(half1, half2, mask, curves.unmasked, pixel_size, resolution)
-    progress("sharpening")
+    watch.progress("independence of the halves", 2, 4)
+    shared = watch.known.get("independence")
+    shared = measure_independence(half1, half2, mask) if shared is None else shared
+    watch.keep("independence", shared)
+    told += about_independence(shared, curves.unmasked, box, pixel_size, resolution)
+    watch.progress("sharpening", 3, 4)
     data, guinier, b = sharpen((half1 + half2) / 2, pixel_size, used, resolution, params, mtf)
     told += about_fit(guinier, params, resolution)
     fraction = box_fraction(mask, box, pixel_size, params.mass)
     particle = particle_fsc(curves.unmasked, fraction)
     return Postprocessed(data, curves, used, particle, fraction, resolution, at_half, b, guinier, tuple(told))
+
+
+def _pack(curves: CorrectedFsc) -> Tensor:
+    """(5, n) float64 on the CPU: the four curves, and the first randomised shell (−1: none) in a row of its own."""
+    rows = [curves.unmasked, curves.masked, curves.randomised, curves.corrected]
+    start = -1 if curves.randomise_from is None else curves.randomise_from
+    return torch.stack([*rows, torch.full_like(rows[0], start)]).cpu()
+
+
+def _unpack(packed: Tensor) -> CorrectedFsc:
+    """The curves that _pack packed."""
+    unmasked, masked, randomised, corrected, start = packed
+    first = int(start[0])
+    return CorrectedFsc(unmasked, masked, randomised, corrected, None if first < 0 else first)
 
 
 def box_fraction(mask: Tensor | None, box: int, pixel_size: float, mass: float | None) -> float:
@@ -259,12 +281,19 @@ def about_curve(curve: Tensor, box: int, pixel_size: float) -> list[str]:
     return told
 
 
-def about_independence(a: Tensor, b: Tensor, mask: Tensor | None, unmasked: Tensor, pixel_size: float, resolution: float) -> list[str]:
-    """Warnings where the halves are not independent: identical, noise in common, or joined at low resolution."""
+def measure_independence(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    """(3,) float64: 1 where two half maps (N, N, N) are identical, else 0; correlation of their noise in the solvent; its error."""
     if identical(a, b):
+        return torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    return torch.tensor([0.0, *solvent_correlation(a, b, mask)], dtype=torch.float64)
+
+
+def about_independence(shared: Tensor, unmasked: Tensor, box: int, pixel_size: float, resolution: float) -> list[str]:
+    """Warnings where the halves are not independent: identical, noise in common (measure_independence), or joined at low resolution."""
+    same, noise, error = shared.tolist()
+    if same:
         return ["the half maps are identical: their FSC is 1 and means nothing; give the two halves of one refinement"]
-    told, box = [], a.shape[-1]
-    noise, error = solvent_correlation(a, b, mask)
+    told = []
     if noise > SHARED_NOISE and noise > 5 * error:
         told.append(f"the noise of the halves correlates by {noise:.2f} in the solvent: they are not independent (the same particles in "
                     "both, duplicates, or halves refined together), and the resolution is too good")  # fmt: skip
