@@ -19,7 +19,7 @@ from frazil.steps.localres import BATCH_BYTES
 pytestmark = pytest.mark.filterwarnings("ignore:Data array contains NaN")  # one of the faulty maps of `write_halves`
 LOCALRES = ["localres", "half1.mrc", "half2.mrc", "--mask", "mask.mrc", "--radius", "9", "--edge", "15", "--sampling", "9"]
 POSTPROCESS = ["postprocess", "half1.mrc", "--mask", "mask.mrc"]
-# A process that kills itself after so many checkpoints that hold something of a name, without a last word; cubes are treated a few at a time.
+# A process that kills itself after so many checkpoints that hold something of a name; cubes are treated a few at a time.
 KILLED = """
 import os, signal, sys
 import frazil.jobs.watching, frazil.steps.localres
