@@ -12,7 +12,8 @@ from frazil.refine.convergence import Progress
 from frazil.refine.maximization import flatten_solvent, solvent_sphere
 from frazil.refine.model import Model, Statistics
 from frazil.refine.sampling import Sampling
-from frazil.steps.classify import ClassifyJob, ClassifyParams, Form, setting
+from frazil.refine.settings import setting
+from frazil.steps.classify import ClassifyJob, ClassifyParams, Form
 
 TOO_FINE = 0.8  # a coarser sampling may do whose steps are below this part of the expected accuracy (spec 4.2)
 
