@@ -234,7 +234,7 @@ class TestGoingOn:
         assert iterations(tmp_path / "more")[0]["resolution"] == iterations(finished)[0]["resolution"]
 
     def test_iteration_0_as_relion_writes_it_is_refused(self, data, finished, tmp_path, monkeypatch, capsys):
-        """RELION 3.1.3 writes no run_it000_sampling.star, and does not continue from iteration 0 itself, neither from its files nor ours."""
+        """RELION 3.1.3 writes no run_it000_sampling.star and continues neither from its own iteration 0 nor from ours."""
         monkeypatch.chdir(data)
         shutil.copytree(finished, tmp_path / "run")
         (tmp_path / "run" / "run_it000_sampling.star").unlink()
