@@ -4,6 +4,7 @@
     python bench/ctf.py noise [--count 24]           counts without rings: how many are taken for a CTF, highest score
     python bench/ctf.py phase-plate [--count 12]     phase shifts 0-180° found together with the defocus
     python bench/ctf.py real                         power_spectra_10204 against CTFFIND, halves of apoferritin and Krios micrographs
+    python bench/ctf.py detilt                       those halves with a plane through 3 x 3 patches taken out
     python bench/ctf.py time [--device cuda]         seconds a 4096² micrograph, estimate alone; on a GPU checked against the CPU first
 
 --write appends a line to results/ctf.jsonl. Everything but `real` makes its own data and needs torch and numpy only.
@@ -137,6 +138,65 @@ def real(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def plane_through(place: torch.Tensor, values: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(parameters, their covariance, χ²) of values (n,) = a + place (n, d) · g by generalised least squares."""
+    design = torch.cat([torch.ones(len(place), 1, dtype=torch.float64), place], 1)
+    inverse = torch.linalg.inv(covariance)
+    spread = torch.linalg.inv(design.T @ inverse @ design)
+    found = spread @ design.T @ inverse @ values
+    left = values - design @ found
+    return found, spread, float(left @ inverse @ left)
+
+
+def patches(image: torch.Tensor, optics: Optics, settings: CtfSettings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(places (9, 2) xy in Å, defocus (9,), covariance (9, 9)) of 3 x 3 windows of half the field's side, each half over the next.
+
+    Their errors correlate as much as they have pixels in common.
+    """
+    h, w = image.shape
+    starts = [(y, x) for y in (0, 1, 2) for x in (0, 1, 2)]
+    found = [found_in(image[y * h // 4 : y * h // 4 + h // 2, x * w // 4 : x * w // 4 + w // 2], optics, settings) for y, x in starts]
+    at = torch.tensor(starts, dtype=torch.float64)
+    common = (1 - (at[:, None] - at).abs() / 2).clamp(min=0).prod(-1)
+    error = torch.tensor([r.error[0] for r in found], dtype=torch.float64)
+    place = (at.flip(1) - 1) * torch.tensor([w, h]) / 4 * optics.pixel_size
+    return place, torch.tensor([float(r.defocus[:2].mean()) for r in found], dtype=torch.float64), common * error[:, None] * error
+
+
+def detilt(args: argparse.Namespace) -> list[Row]:
+    """Differences of halves before and after a plane through the patches is taken out; is it a plane, and the same in separate parts?
+
+    `slopes`: what the left column of patches expects of a half against the other, and what the right one does (no pixel in common), each
+    with its standard deviation; for both directions.
+    """
+    from frazil.io.mrc import read_mrc
+
+    rows = []
+    for path in sorted((DATA / "apoferritin_10146").glob("*.mrc")) + [Path(p) for p in args.images]:
+        read = read_mrc(path)
+        image, optics = read.data[0], Optics(read.pixel_size, cs=0.0 if "10146" in str(path) else 2.7)
+        h, w = image.shape
+        mean = float(found_in(image, optics, CtfSettings()).defocus[:2].mean())
+        near = CtfSettings(low=max(1000.0, mean - 2000), high=mean + 2000)
+        place, values, covariance = patches(image, optics, near)
+        plane, spread, chi2 = plane_through(place, values, covariance)
+        parts = ((image[:, : w // 2], image[:, w - w // 2 :]), (image[: h // 2], image[h - h // 2 :]))
+        row: Row = {"what": f"detilt {path.name}", "chi2": chi2, "degrees_of_freedom": 6,
+                    "tilt": math.degrees(math.atan(float(plane[1:].norm()))),
+                    "tilt_sd": math.degrees(float((plane[1:] @ spread[1:, 1:] @ plane[1:]).sqrt() / plane[1:].norm()))}  # fmt: skip
+        for axis, (name, side) in enumerate((("left-right", w), ("lower-upper", h))):
+            reach = side / 2 * optics.pixel_size  # between the middles of the halves
+            one, two = (found_in(part, optics, near) for part in parts[axis])
+            before = float(one.defocus[:2].mean() - two.defocus[:2].mean())
+            columns = [torch.nonzero(place[:, 1 - axis] * sign > 0)[:, 0] for sign in (-1, 1)]
+            lines = [plane_through(place[c][:, axis, None], values[c], covariance[c][:, c]) for c in columns]
+            row |= {name: before, f"{name} detilted": before + float(plane[1 + axis]) * reach,
+                    f"{name} sd": math.hypot(one.error[0], two.error[0]),
+                    f"{name} slopes": [[-float(g[1]) * reach, float(s[1, 1].sqrt()) * reach] for g, s, _ in lines]}  # fmt: skip
+        rows.append(row)
+    return rows
+
+
 def timing(args: argparse.Namespace) -> Row:
     """Seconds a micrograph of counts (uint8), moved to the device each time; pictures and files are not in it."""
     device = torch.device(args.device)
@@ -176,17 +236,18 @@ def timing(args: argparse.Namespace) -> Row:
 def main() -> None:
     """Run what the command line names and print a line of figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("simulated", "noise", "phase-plate", "real", "time"))
+    parser.add_argument("what", choices=("simulated", "noise", "phase-plate", "real", "detilt", "time"))
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--side", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--images", nargs="*", default=[], help="further micrographs of 300 kV for `real`")
+    parser.add_argument("--images", nargs="*", default=[], help="further micrographs of 300 kV for `real` and `detilt`")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    works = {"simulated": simulated, "noise": noise, "phase-plate": lambda a: simulated(a, True), "real": real, "time": timing}
+    works = {"simulated": simulated, "noise": noise, "phase-plate": lambda a: simulated(a, True), "real": real, "detilt": detilt,
+             "time": timing}  # fmt: skip
     rows = works[args.what](args)
     for row in rows if isinstance(rows, list) else [rows]:
         asked = ["git", "rev-parse", "--short", "HEAD"]

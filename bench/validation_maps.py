@@ -4,6 +4,7 @@ ssnr      half maps of known signal to noise: FSC beside SSNR/(1 + SSNR), fitted
 noise     half maps of pure noise in a tight mask: masked, random and corrected FSC; plot in docs/pictures
 zones     two zones of known resolution in a 256³ map: medians, time on --device; with cuda also beside the CPU's result
 large     500³: `frazil mask` with a 20 px edge and `frazil postprocess` as commands: wall, CPU seconds, peak memory
+seeds     FSC of random phases: 40 seeds of RELION's program beside each other and beside ours (half maps in ../shared/data)
 relion    half maps of --run (a refine3d directory) in RELION's programs and in frazil: curves, resolution, B-factor, mask volume
 
 Each measurement is a line of bench/results/validation_maps.jsonl.
@@ -33,7 +34,7 @@ from frazil.maths.filters import apply_to_ft, power_spectrum
 from frazil.maths.fsc import fsc
 from frazil.maths.masks import radii, soft_sphere
 from frazil.steps.localres import LocalresParams, local_resolution
-from frazil.steps.postprocess import PostprocessParams, mtf_at, postprocess
+from frazil.steps.postprocess import PostprocessParams, compare_halves, mtf_at, postprocess
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results" / "validation_maps.jsonl"
@@ -206,6 +207,34 @@ def relion(run: Path) -> None:
     shutil.rmtree(folder)
 
 
+def seeds(count: int = 40) -> None:
+    """How far apart FSC curves of random phases lie: RELION's from each other by its seed, and from ours."""
+    data = REPOSITORY.parent / "shared" / "data" / "parity_relion5" / "refine3d"
+    label = "rlnCorrectedFourierShellCorrelationPhaseRandomizedMaskedMaps"
+    with tempfile.TemporaryDirectory(prefix="frazil-seeds-") as name:
+        folder = Path(name)
+        halves = [read_map(shutil.copy(data / f"run_half{h}_class001_unfil.mrc", folder)).data for h in (1, 2)]
+        write_mrc(folder / "mean.mrc", (halves[0] + halves[1]) / 2, 3.54)
+
+        def call(words: str) -> None:
+            subprocess.run(words.split(), cwd=folder, capture_output=True, check=False)  # fails for want of ghostscript, after writing
+
+        call("relion_mask_create --i mean.mrc --o mask.mrc --ini_threshold 0.03 --extend_inimask 3 --width_soft_edge 6 --lowpass 15 "
+             "--angpix 3.54")  # fmt: skip
+        curves = []
+        for seed in range(1, count + 1):
+            call(f"relion_postprocess --i run_half1_class001_unfil.mrc --mask mask.mrc --o s{seed} --angpix 3.54 --random_seed {seed}")
+            curves.append(read_star(folder / f"s{seed}.star")["fsc"][label].to_numpy(float))
+        mask = read_map(folder / "mask.mrc").data
+    runs = np.stack(curves)
+    ours = [compare_halves(*halves, mask, 3.54, PostprocessParams(), seed).randomised.numpy() for seed in range(8)]
+    pairs = [float(np.abs(a - b).max()) for i, a in enumerate(runs) for b in runs[:i]]
+    single = [float(np.abs(run - mine).max()) for run in runs for mine in ours]
+    record("seeds", "cpu", count=count, relion_pairs_median=round(float(np.median(pairs)), 3), relion_pairs_least=round(min(pairs), 3),
+           ours_to_single_median=round(float(np.median(single)), 3), ours_to_single_range=[round(min(single), 3), round(max(single), 3)],
+           ours_to_mean=[round(float(np.abs(runs.mean(0) - mine).max()), 4) for mine in ours], bar=0.03)  # fmt: skip
+
+
 def main() -> None:
     """Parse the options and run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,6 +253,8 @@ def main() -> None:
         zones(given.device, given.box or 256)
     if "large" in given.only:
         large(given.device, given.box or 500, given.threads)
+    if "seeds" in given.only:
+        seeds()
     if "relion" in given.only:
         relion(given.run)
 

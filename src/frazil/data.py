@@ -1,6 +1,7 @@
 """What flows between the steps: frozen records, units Å, degrees, kV, mm; first axis = item; arrays (…, z, y, x)."""
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
@@ -13,6 +14,15 @@ class BadInput(ValueError):
 
     The command line prints it and exits with code 2; nothing else may use this class.
     """
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on while a step works: told how far it is, and given what is finished, so that an interrupted step goes on from there."""
+
+    progress: Callable[[str, float, float], None] = lambda what, done, total: None  # may raise, which stops the step
+    known: Mapping[str, Tensor] = field(default_factory=dict)  # what an interrupted call with the same arguments gave to keep
+    keep: Callable[[str, Tensor], None] = lambda name, value: None
 
 
 @dataclass(frozen=True)

@@ -11,35 +11,39 @@ follows from the rule that they are 1 in the mean over all particles: of 343 com
 """
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from tests.agree.parity import BOX, DIAMETER, PIXEL, relative, relion_averages, worst
+from tests.agree.parity import (
+    BOX,
+    DIAMETER,
+    PIXEL,
+    Classification,
+    ClassPair,
+    folder,
+    inferred,
+    relative,
+    relion_averages,
+    worst,
+)
 from torch import Tensor
 
 import frazil.refine.expectation as e_step
-import frazil.steps.classify as step
-from frazil.io.images import StackImages
-from frazil.jobs.classify_files import read_classification
 from frazil.maths.filters import shell_sums
 from frazil.maths.fourier import shell_round
-from frazil.maths.rotation import rotation_angle
-from frazil.refine.model import Statistics
 from frazil.refine.sampling import make_grid
 from frazil.refine.windows import Engine, make_frame
 from frazil.steps.class2d import FORM, Class2dParams, resolved
-from frazil.steps.classify import ClassifyJob, ClassifyState, iterate, make_engine
+from frazil.steps.classify import ClassifyState
 
 pytestmark = [pytest.mark.agree, pytest.mark.real]
 
 K = 8
-PROCESSES = json.loads((Path(__file__).parent / "relion_processes_class2d.json").read_text())
 PARAMS = resolved(
     Class2dParams(
         classes=K, tau_fudge=2, diameter=DIAMETER, offset_range=6, offset_step=2.4, perturb=0, psi_step=12, center_classes=False,
@@ -52,90 +56,30 @@ ITERATIONS = pytest.mark.parametrize("n", [2, 3])
 
 
 @pytest.fixture(scope="module")
-def data(shared_data: Path) -> Path:
-    """The folder of RELION's files."""
-    folder = shared_data / "parity_relion5"
-    if not (folder / "class2d" / "run_it002_optimiser.star").exists():
-        pytest.skip(f"no files of RELION 5.0.1 in {folder}")
-    return folder
+def theirs(shared_data: Path) -> Classification:
+    """RELION's classification."""
+    data = folder(shared_data, "class2d", "run_it002_optimiser.star")
+    return Classification(data, "class2d", PARAMS, FORM, inferred("relion_processes_class2d.json"))
 
 
-@dataclass(frozen=True)
-class Pair:
-    """An iteration of ours and the same of RELION."""
-
-    before: ClassifyState
-    ours: ClassifyState
-    theirs: ClassifyState
-    statistics: Statistics
-    match: Tensor  # (n,) our row of each of RELION's particles
-    table: dict[str, Tensor]  # columns of RELION's data.star
-
-    @property
-    def shells(self) -> slice:
-        """Those within the window."""
-        return slice(0, self.ours.progress.size // 2 + 1)
-
-    def same_class(self) -> Tensor:
-        return self.ours.particles.klass[self.match] == self.theirs.particles.klass
-
-    def same_pose(self) -> Tensor:
-        """(n,) bool; 0.01 degrees and Å are RELION's rounding."""
-        a, b = self.ours.particles, self.theirs.particles
-        return (rotation_angle(a.rotation[self.match], b.rotation) < 0.01) & ((a.shift[self.match] - b.shift).norm(dim=-1) < 0.01)
-
-    def pmax_error(self) -> Tensor:
-        return (self.ours.poses.pmax[self.match] - self.table["rlnMaxValueProbDistribution"]).abs()
-
-
-def with_processes(state: ClassifyState, names: list[str], n: int) -> ClassifyState:
-    """The state with RELION's scales: micrograph number 3 · process + micrograph."""
-    order = sorted(range(len(names)), key=names.__getitem__)
-    process = torch.empty(len(names), dtype=torch.int64)
-    process[torch.tensor(order)] = torch.tensor([int(c) for c in PROCESSES[str(n)]["process"]])
-    scales = torch.tensor(PROCESSES[str(n)]["scales"], dtype=torch.float64)
-    q = state.particles
-    micrographs = tuple(f"{p} {m}" for p in range(len(scales)) for m in q.micrographs)
-    particles = replace(q, micrograph=3 * process + q.micrograph, micrographs=micrographs)
-    return replace(state, particles=particles, model=replace(state.model, scales=scales.reshape(-1)))
+def in_their_form(state: ClassifyState, after: ClassifyState, match: Tensor) -> ClassifyState:
+    """Class offsets times the pixel size, see the file's text."""
+    assert state.model.prior_offset is not None
+    return replace(state, model=replace(state.model, prior_offset=PIXEL * state.model.prior_offset))
 
 
 @pytest.fixture(scope="module")
-def repeat(data: Path) -> Callable[..., Pair]:
+def repeat(theirs: Classification) -> Callable[[int, bool], ClassPair]:
     """repeat(n, processes): iteration n+1 from the files of iteration n, calculated once."""
 
     def frame(optics, size: int, box: int, pixel_size: float, engine: Engine):
         return make_frame(optics, size, box, pixel_size, replace(engine, relion_form=False))
 
     @cache
-    def run(n: int, processes: bool) -> Pair:
-        state, particles, _ = read_classification(data / f"class2d/run_it{n:03d}_optimiser.star", data)
-        theirs, wanted, _ = read_classification(data / f"class2d/run_it{n + 1:03d}_optimiser.star", data)
-        names = particles.image_names
-        row = {name: i for i, name in enumerate(names)}
-        match = torch.tensor([row[x] for x in wanted.image_names])
-        offset = state.model.prior_offset
-        assert offset is not None
-        state = replace(state, model=replace(state.model, maps=state.model.maps.double(), prior_offset=PIXEL * offset))
-        if processes:
-            state = with_processes(state, names, n)
-        images = StackImages(names, data.parent / "betagal_10204" / "particles.star", memory_budget=1 << 30)
-        job = ClassifyJob(images, PARAMS, make_engine(PARAMS, dtype=torch.float64, relion_form=True), FORM)
-        kept: list[Statistics] = []
+    def run(n: int, processes: bool) -> ClassPair:
         with pytest.MonkeyPatch.context() as patch:
-            true_expect = step.expect
-
-            def expect(*args, **kwargs):
-                result = true_expect(*args, **kwargs)
-                kept.append(result[0])
-                return result
-
-            patch.setattr(step, "expect", expect)
             patch.setattr(e_step, "make_frame", frame)
-            ours = iterate(job, state)
-        labels = ("rlnMaxValueProbDistribution", "rlnNrOfSignificantSamples", "rlnNormCorrection", "rlnLogLikeliContribution")
-        columns = {label: torch.tensor(wanted.numbers(label)) for label in labels}
-        return Pair(state, ours, theirs, kept[0], match, columns)
+            return theirs.repeat(n, in_their_form, processes)
 
     return run
 
@@ -210,8 +154,7 @@ class TestWithTheScalesOfEachProcess:
         shifts = make_grid(PARAMS.sampling(PIXEL)).shifts
         far = (old[:, None, None] + shifts) * PIXEL - model.prior_offset[:, None]  # which holds the pixel size already
         prior = torch.exp(-far.square().sum(-1) / (2 * model.sigma_offset**2)).mean((1, 2))
-        beyond = float(pair.statistics.sigma2[0][pair.shells.stop :].sum()) / 2 / len(prior)
-        ours = pair.ours.poses.log_likelihood - prior.log() + math.log(K) - beyond
+        ours = pair.ours.poses.log_likelihood - prior.log() + math.log(K) - pair.beyond
         left = ours[pair.match] - pair.table["rlnLogLikeliContribution"]
         assert left.std() < 0.02
         assert abs(float(left.sum())) < 1e-3 * CHANGE  # bar 0.1 % of its change
@@ -253,11 +196,5 @@ class TestProcesses:
     """The inferred scales obey what RELION does with scales."""
 
     @ITERATIONS
-    def test_means_and_jobs(self, data, n):
-        state, particles, _ = read_classification(data / f"class2d/run_it{n:03d}_optimiser.star", data)
-        scales = torch.tensor(PROCESSES[str(n)]["scales"], dtype=torch.float64)
-        count = torch.bincount(state.particles.micrograph).double()
-        assert (scales @ count / count.sum() - 1).abs().max() < 1e-5  # normalised by the mean over all particles
-        assert (scales[0] - state.model.scales).abs().max() < 6e-6
-        members = torch.bincount(torch.tensor([int(c) for c in PROCESSES[str(n)]["process"]]))
-        assert len(members) == 7 and members.min() > 90 and members.sum() == len(particles)
+    def test_means_and_jobs(self, theirs, n):
+        theirs.check_processes(n, of_mean=1e-5, of_first=6e-6)

@@ -10,33 +10,37 @@ cross-correlation and left the scales 1, so 1 to 2 needs nothing inferred.
 """
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from tests.agree.parity import BOX, DIAMETER, PIXEL, map_fsc, relative, relion_map, worst
+from tests.agree.parity import (
+    BOX,
+    DIAMETER,
+    PIXEL,
+    Classification,
+    ClassPair,
+    folder,
+    inferred,
+    map_fsc,
+    relative,
+    relion_map,
+    worst,
+)
 from torch import Tensor
 
-import frazil.steps.classify as step
-from frazil.io.images import StackImages
-from frazil.jobs.classify_files import read_classification
 from frazil.maths.fourier import shell_round
-from frazil.maths.rotation import rotation_angle
-from frazil.maths.symmetry import operators
 from frazil.refine import maximization as m_step
-from frazil.refine.model import Statistics
 from frazil.refine.sampling import make_grid
 from frazil.steps.class3d import FORM, Class3dParams
-from frazil.steps.classify import ClassifyJob, ClassifyState, iterate, make_engine
+from frazil.steps.classify import ClassifyState
 
 pytestmark = [pytest.mark.agree, pytest.mark.real]
 
-PROCESSES = json.loads((Path(__file__).parent / "relion_processes_class3d.json").read_text())
 PARAMS = Class3dParams(
     classes=2, tau_fudge=4, diameter=DIAMETER, initial_lowpass=25, offset_range=6, offset_step=2.4, perturb=0, symmetry="D2",
     max_significant=-1, equal_filter=0, auto_sampling=False,
@@ -45,93 +49,31 @@ CHANGE = 3.090302e6 - 3.071905e6  # of RELION's log-likelihood from iteration 2 
 
 
 @pytest.fixture(scope="module")
-def data(shared_data: Path) -> Path:
-    """The folder of RELION's files."""
-    folder = shared_data / "parity_relion5"
-    if not (folder / "class3d" / "run_it002_optimiser.star").exists():
-        pytest.skip(f"no files of RELION 5.0.1 in {folder}")
-    return folder
+def theirs(shared_data: Path) -> Classification:
+    """RELION's classification."""
+    data = folder(shared_data, "class3d", "run_it002_optimiser.star")
+    return Classification(data, "class3d", PARAMS, FORM, inferred("relion_processes_class3d.json"), "D2")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """An iteration of ours and the same of RELION."""
-
-    before: ClassifyState
-    ours: ClassifyState
-    theirs: ClassifyState
-    statistics: Statistics
-    match: Tensor  # (n,) our row of each of RELION's particles
-    table: dict[str, Tensor]  # columns of RELION's data.star
-    current_size: int
-    mean_power: float  # ½ Σ|X|² beyond the window, mean over particles
-
-    @property
-    def shells(self) -> slice:
-        """Those within the window."""
-        return slice(0, self.current_size // 2 + 1)
-
-    def same_class(self) -> Tensor:
-        return self.ours.particles.klass[self.match] == self.theirs.particles.klass
-
-    def same_pose(self) -> Tensor:
-        """(n,) bool; 0.01 degrees and Å are RELION's rounding."""
-        a, b = self.ours.particles, self.theirs.particles
-        angle = rotation_angle(a.rotation[self.match], b.rotation, operators("D2"))
-        return (angle < 0.01) & ((a.shift[self.match] - b.shift).norm(dim=-1) < 0.01)
-
-    def pmax_error(self) -> Tensor:
-        return (self.ours.poses.pmax[self.match] - self.table["rlnMaxValueProbDistribution"]).abs()
+def seeded(state: ClassifyState, after: ClassifyState, match: Tensor) -> ClassifyState:
+    """The state after iteration 1 with RELION's choice of classes."""
+    assigned = torch.empty(len(match), dtype=torch.int64)
+    assigned[match] = after.particles.klass - 1
+    return replace(state, assigned=assigned)
 
 
-def with_processes(state: ClassifyState, names: list[str], n: int) -> ClassifyState:
-    """The state with RELION's scales: micrograph number 3 · process + micrograph."""
-    order = sorted(range(len(names)), key=names.__getitem__)
-    process = torch.empty(len(names), dtype=torch.int64)
-    process[torch.tensor(order)] = torch.tensor([int(c) for c in PROCESSES[str(n)]["process"]])
-    scales = torch.tensor(PROCESSES[str(n)]["scales"], dtype=torch.float64)
-    q = state.particles
-    names = [f"{p} {m}" for p in range(len(scales)) for m in q.micrographs]
-    particles = replace(q, micrograph=3 * process + q.micrograph, micrographs=tuple(names))
-    return replace(state, particles=particles, model=replace(state.model, scales=scales.reshape(-1)))
+def unchanged(state: ClassifyState, after: ClassifyState, match: Tensor) -> ClassifyState:
+    """The state as it is."""
+    return state
 
 
 @pytest.fixture(scope="module")
-def repeat(data: Path) -> Callable[..., Pair]:
+def repeat(theirs: Classification) -> Callable[[int, bool], ClassPair]:
     """repeat(n, processes): iteration n+1 from the files of iteration n, calculated once."""
 
     @cache
-    def run(n: int, processes: bool) -> Pair:
-        state, particles, _ = read_classification(data / f"class3d/run_it{n:03d}_optimiser.star", data)
-        theirs, wanted, _ = read_classification(data / f"class3d/run_it{n + 1:03d}_optimiser.star", data)
-        names = particles.image_names
-        row = {name: i for i, name in enumerate(names)}
-        match = torch.tensor([row[x] for x in wanted.image_names])
-        state = replace(state, model=replace(state.model, maps=state.model.maps.double()))
-        if n == 1:
-            assigned = torch.empty(len(names), dtype=torch.int64)
-            assigned[match] = theirs.particles.klass - 1
-            state = replace(state, assigned=assigned)
-        elif processes:
-            state = with_processes(state, names, n)
-        images = StackImages(names, data.parent / "betagal_10204" / "particles.star", memory_budget=1 << 30)
-        job = ClassifyJob(images, PARAMS, make_engine(PARAMS, dtype=torch.float64, relion_form=True), FORM)
-        kept: list[Statistics] = []
-        with pytest.MonkeyPatch.context() as patch:
-            true_expect = step.expect
-
-            def expect(*args, **kwargs):
-                result = true_expect(*args, **kwargs)
-                kept.append(replace(result[0], data=result[0].data.clone(), weight=result[0].weight.clone()))  # the M-step works in place
-                return result
-
-            patch.setattr(step, "expect", expect)
-            ours = iterate(job, state)
-        labels = ("rlnMaxValueProbDistribution", "rlnNrOfSignificantSamples", "rlnNormCorrection", "rlnLogLikeliContribution")
-        columns = {label: torch.tensor(wanted.numbers(label)) for label in labels}
-        size = ours.progress.size
-        beyond = float(kept[0].sigma2[0][size // 2 + 1 :].sum()) / 2 / len(names)
-        return Pair(state, ours, theirs, kept[0], match, columns, size, beyond)
+    def run(n: int, processes: bool) -> ClassPair:
+        return theirs.repeat(n, seeded if n == 1 else unchanged, processes and n > 1)
 
     return run
 
@@ -229,17 +171,11 @@ class TestProcesses:
     """The inferred scales obey what RELION does with scales, which was not used to infer them."""
 
     @pytest.mark.parametrize("n", [2, 3])
-    def test_means_and_jobs(self, data, n):
-        state, particles, _ = read_classification(data / f"class3d/run_it{n:03d}_optimiser.star", data)
-        scales = torch.tensor(PROCESSES[str(n)]["scales"], dtype=torch.float64)
-        count = torch.bincount(state.particles.micrograph).double()
-        assert (scales @ count / count.sum() - 1).abs().max() < 2e-5  # normalised by the mean over all particles
-        assert (scales[0] - state.model.scales).abs().max() < 2e-6
-        members = torch.bincount(torch.tensor([int(c) for c in PROCESSES[str(n)]["process"]]))
-        assert len(members) == 7 and members.min() > 90 and members.sum() == len(particles)
+    def test_means_and_jobs(self, theirs, n):
+        theirs.check_processes(n, of_mean=2e-5, of_first=2e-6)
 
 
-def relion_log_likelihood(pair: Pair) -> Tensor:
+def relion_log_likelihood(pair: ClassPair) -> Tensor:
     """(n,) our log-likelihoods with priors divided by their mean over the samples searched, less ½ Σ|X|² beyond the window."""
     state = pair.before
     grid = make_grid(PARAMS.sampling(PIXEL))
@@ -247,10 +183,10 @@ def relion_log_likelihood(pair: Pair) -> Tensor:
     prior = torch.exp(-((old[:, None] + grid.shifts) * PIXEL).square().sum(-1) / (2 * state.model.sigma_offset**2)).mean(1)
     classes = 1 if state.assigned is not None else 2
     ours = pair.ours.poses.log_likelihood - prior.log() + math.log(classes * grid.directions)
-    return ours - pair.mean_power
+    return ours - pair.beyond
 
 
-def relion_maps(pair: Pair) -> list[Tensor]:
+def relion_maps(pair: ClassPair) -> list[Tensor]:
     """Maps from our sums, divided with RELION's edge."""
     s, tau2 = pair.statistics, PARAMS.tau_fudge * pair.ours.model.tau2
     return [relion_map(*m_step.prepare_sums_(s.data[k].clone(), s.weight[k].clone(), "D2"), tau2[k]) for k in range(2)]

@@ -13,7 +13,6 @@ a local one at order 4. What is not equal is explained here and in CONVENTIONS.m
 """
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,11 +22,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.agree.parity import BOX, DIAMETER, PAD, PIXEL, map_fsc, relative, relion_map, worst
+from tests.agree.parity import (
+    BOX,
+    COLUMNS,
+    DIAMETER,
+    PAD,
+    PIXEL,
+    Pair,
+    by_process,
+    folder,
+    inferred,
+    kept_statistics,
+    map_fsc,
+    process_of,
+    relative,
+    relion_map,
+    rows_of,
+    stack,
+    worst,
+)
 from torch import Tensor
 
 import frazil.steps.refine3d as step
-from frazil.io.images import StackImages
 from frazil.io.particles import read_particles
 from frazil.io.star import read_star
 from frazil.jobs.refine_files import read_model, read_refinement
@@ -41,7 +57,7 @@ from frazil.steps.refine3d import Job, Refine3dParams, State, iterate, make_engi
 
 pytestmark = [pytest.mark.agree, pytest.mark.real]
 
-PROCESSES = json.loads((Path(__file__).parent / "relion_processes.json").read_text())
+PROCESSES = inferred("relion_processes.json")
 SCALES = {n: {h: torch.tensor(PROCESSES[str(n)]["scales"][str(h)], dtype=torch.float64) for h in (1, 2)} for n in (4, 8)}
 PARAMS = Refine3dParams(initial_lowpass=25, symmetry="D2", diameter=DIAMETER, offset_range=6, offset_step=2.4, perturb=0)
 
@@ -49,39 +65,20 @@ PARAMS = Refine3dParams(initial_lowpass=25, symmetry="D2", diameter=DIAMETER, of
 @pytest.fixture(scope="module")
 def data(shared_data: Path) -> Path:
     """The folder of RELION's files."""
-    folder = shared_data / "parity_relion5"
-    if not (folder / "refine3d" / "run_it004_optimiser.star").exists():
-        pytest.skip(f"no files of RELION 5.0.1 in {folder}")
-    return folder
+    return folder(shared_data, "refine3d", "run_it004_optimiser.star")
 
 
 @dataclass(frozen=True)
-class Pair:
+class HalfPair(Pair):
     """An iteration of ours and the same of RELION."""
 
     ours: State
     theirs: State
     statistics: list[Statistics]
-    match: Tensor  # (n,) our row of each of RELION's particles
-    table: dict[str, Tensor]  # columns of RELION's data.star
-    shells: slice  # within the window
     process: Tensor  # (n,) of our rows
 
     def halves(self) -> list[tuple[Model, Model]]:
         return list(zip(self.ours.models, self.theirs.models, strict=True))
-
-    def same_pose(self) -> Tensor:
-        """(n,) bool; 0.01 degrees and Å are RELION's rounding."""
-        return (self.angles() < 0.01) & (self.shifts() < 0.01)
-
-    def angles(self) -> Tensor:
-        return rotation_angle(self.ours.particles.rotation[self.match], self.theirs.particles.rotation, operators("D2"))
-
-    def shifts(self) -> Tensor:
-        return (self.ours.particles.shift[self.match] - self.theirs.particles.shift).norm(dim=-1)
-
-    def pmax_error(self) -> Tensor:
-        return (self.ours.poses.pmax[self.match] - self.table["rlnMaxValueProbDistribution"]).abs()
 
 
 def load(data: Path, n: int):
@@ -90,47 +87,30 @@ def load(data: Path, n: int):
     return state, table, table.table["rlnImageName"].tolist()
 
 
-def by_process(state: State, names: list[str], n: int) -> tuple[State, Tensor]:
-    """The state with RELION's nine scales a half: micrograph number 3 · process + micrograph."""
-    order = sorted(range(len(names)), key=names.__getitem__)
-    process = torch.empty(len(names), dtype=torch.int64)
-    process[torch.tensor(order)] = torch.tensor([int(c) for c in PROCESSES[str(n)]["process"]])
-    q = state.particles
-    particles = replace(q, micrograph=3 * process + q.micrograph, micrographs=tuple(f"{p} {m}" for p in range(3) for m in q.micrographs))
+def with_processes(state: State, names: list[str], n: int) -> tuple[State, Tensor]:
+    """The state with RELION's nine scales a half, and the process of each particle."""
+    process = process_of(names, PROCESSES[str(n)]["process"])
     models = tuple(replace(m, scales=SCALES[n][h].reshape(-1)) for h, m in enumerate(state.models, 1))
-    return replace(state, particles=particles, models=models), process
+    return replace(state, particles=by_process(state.particles, process), models=models), process
 
 
 @pytest.fixture(scope="module")
-def repeat(data: Path) -> Callable[..., Pair]:
+def repeat(data: Path) -> Callable[..., HalfPair]:
     """repeat(n, processes, dtype): iteration n+1 from the files of iteration n, calculated once."""
 
     @cache
-    def run(n: int, processes: bool, dtype: torch.dtype = torch.float64) -> Pair:
+    def run(n: int, processes: bool, dtype: torch.dtype = torch.float64) -> HalfPair:
         state, _, names = load(data, n)
         theirs, wanted, their_names = load(data, n + 1)
-        with_processes, process = by_process(state, names, n)
+        scaled, process = with_processes(state, names, n)
         if processes:
-            state = with_processes
+            state = scaled
         state = replace(state, models=tuple(replace(m, maps=m.maps.to(dtype)) for m in state.models))
-        images = StackImages(names, data.parent / "betagal_10204" / "particles.star", memory_budget=1 << 30)
-        job = Job(images, PARAMS, make_engine(PARAMS, dtype=dtype, relion_form=True))
-        kept: list[Statistics] = []
-        with pytest.MonkeyPatch.context() as patch:
-            true_expect = step.expect
-
-            def expect(*args, **kwargs):
-                result = true_expect(*args, **kwargs)
-                kept.extend(replace(s, data=s.data.clone(), weight=s.weight.clone()) for s in result[0])  # the M-step works in place
-                return result
-
-            patch.setattr(step, "expect", expect)
-            ours = iterate(job, state)
-        row = {name: i for i, name in enumerate(names)}
-        labels = ("rlnMaxValueProbDistribution", "rlnNrOfSignificantSamples", "rlnNormCorrection", "rlnLogLikeliContribution")
-        columns = {label: torch.tensor(wanted.table[label].to_numpy(dtype=float)) for label in labels}
-        match, shells = torch.tensor([row[x] for x in their_names]), slice(0, ours.progress.size // 2 + 1)
-        return Pair(ours, theirs, kept, match, columns, shells, process)
+        with kept_statistics(step) as kept:
+            ours = iterate(Job(stack(data, names), PARAMS, make_engine(PARAMS, dtype=dtype, relion_form=True)), state)
+        columns = {label: torch.tensor(wanted.table[label].to_numpy(dtype=float)) for label in COLUMNS}
+        return HalfPair((ours.particles, theirs.particles), ours.poses.pmax, rows_of(their_names, names), columns, ours.progress.size, "D2",
+                        ours, theirs, kept[0], process)  # fmt: skip
 
     return run
 
@@ -233,7 +213,7 @@ class TestWithTheScalesOfEachProcess:
         assert rms[0] < 0.75 * rms[1:].min()  # those of the other processes are further away
 
 
-def relion_maps(pair: Pair) -> list[Tensor]:
+def relion_maps(pair: HalfPair) -> list[Tensor]:
     """Maps of the halves from our sums, divided with RELION's edge."""
     sums = [m_step.prepare_sums_(s.data[0].clone(), s.weight[0].clone(), "D2") for s in pair.statistics]
     shared = math.ceil(BOX * PIXEL / 40)
@@ -277,7 +257,7 @@ class TestProcesses:
     @pytest.mark.parametrize("n", [4, 8])
     def test_means_and_jobs(self, data, n):
         state, _, names = load(data, n)
-        _, process = by_process(state, names, n)
+        _, process = with_processes(state, names, n)
         for h in (1, 2):
             mine = state.particles.half == h
             count = torch.bincount(state.particles.micrograph[mine], minlength=3).double()
@@ -312,9 +292,7 @@ class TestBeforeTheFirstIteration:
     def test_noise_spectrum(self, data):
         """Spec 2.2: all 33 shells, to the six digits written."""
         particles = read_particles(data / "class3d" / "run_it000_data.star")
-        images = StackImages(
-            particles.table["rlnImageName"].tolist(), data.parent / "betagal_10204" / "particles.star", memory_budget=1 << 30
-        )
+        images = stack(data, particles.table["rlnImageName"].tolist())
         engine = make_engine(PARAMS, dtype=torch.float64)
         (ours,) = initial_noise(images, particles.particles, (BOX, PIXEL), engine)
         theirs = read_model(data / "class3d" / "run_it000_model.star", data).sigma2[0]

@@ -1,6 +1,7 @@
 """frazil class2d on a tiny set of known classes: files, the sheet, stopping and going on, bad input."""
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,14 @@ def finished(data: Path) -> Path:
     """A whole classification, every iteration written, with its pictures."""
     out = data / "finished"
     assert main(command(data, out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def gradients(data: Path) -> Path:
+    """A whole run of gradient steps, every iteration written."""
+    out = data / "gradients"
+    assert main(command(data, out, "--method", "vdam", "--write-every", 1)) == 0
     return out
 
 
@@ -162,9 +171,51 @@ class TestGoingOn:
         start[-2] = str(tmp_path / "other")
         assert "--iterations is 3; raise it" in refused(capsys, [*start, "--iterations", "3"])
         assert "has 3 classes, --classes is 5" in refused(capsys, [*start, "--classes", "5"])
-        assert "goes on with --resume only" in refused(capsys, [*start, "--method", "vdam"])
         start[-2] = str(tmp_path / "third")
         assert "`frazil class2d` continues it" in refused(capsys, ["class3d", *start[1:]])
+
+    @pytest.mark.parametrize("n", [0, 2])
+    def test_a_gradient_run_continues_with_its_momenta(self, data, gradients, tmp_path, monkeypatch, n):
+        monkeypatch.chdir(data)
+        words = ["class2d", "--continue", gradients / f"run_it{n:03d}_optimiser.star", "--output", tmp_path / "more", "--quiet"]
+        assert main([str(w) for w in [*words, "--write-every", 1, *FAST]]) == 0
+        assert [event["iteration"] for event in iterations(tmp_path / "more")] == list(range(n + 1, LAST + 1))
+        for name in ("1moment", "2moment", "classes"):
+            a, b = (read_stack(run / f"run_it{LAST:03d}_{name}.mrcs") for run in (tmp_path / "more", gradients))
+            assert float((a - b).norm() / b.norm()) < 2e-3, name  # to the digits of the STAR files
+        general = read_star(tmp_path / "more" / f"run_it{LAST:03d}_optimiser.star")["optimiser_general"]
+        assert general["rlnDoGradientRefine"] == 1  # --method came from the files, too
+
+    def test_without_the_momenta_the_averages_would_be_others(self, data, gradients, tmp_path, monkeypatch, capsys):
+        """What the test before would not see if momenta made no difference; and a run of another method begins its gradients anew."""
+        monkeypatch.chdir(data)
+        shutil.copytree(gradients, tmp_path / "run")
+        model = read_star(tmp_path / "run" / "run_it002_model.star", text=True)
+        model["model_classes"] = model["model_classes"].drop(columns=["rlnGradMoment1", "rlnGradMoment2"])
+        write_star(tmp_path / "run" / "run_it002_model.star", model)
+        settings = read_star(tmp_path / "run" / "run_it002_optimiser.star", text=True)
+        settings["optimiser_general"]["rlnModelStarFile"] = str(tmp_path / "run" / "run_it002_model.star")
+        write_star(tmp_path / "run" / "run_it002_optimiser.star", settings)
+        words = ["class2d", "--continue", tmp_path / "run" / "run_it002_optimiser.star", "--output", tmp_path / "more"]
+        assert main([str(w) for w in [*words, "--write-every", 1, *FAST]]) == 0
+        assert "the gradients begin anew" in capsys.readouterr().err
+        a, b = (read_stack(run / f"run_it{LAST:03d}_classes.mrcs") for run in (tmp_path / "more", gradients))
+        assert float((a - b).norm() / b.norm()) > 0.01
+
+    def test_momenta_of_another_padding_are_refused(self, data, gradients, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(data)
+        words = ["class2d", "--continue", gradients / "run_it002_optimiser.star", "--output", tmp_path / "more", "--quiet", "--pad", 1]
+        assert "run_it002_1moment.mrcs: momenta of 68 x 67 px, expected 36 x 35" in refused(capsys, [str(w) for w in words])
+
+    def test_momenta_are_there_under_relions_names(self, gradients):
+        classes = read_star(gradients / "run_it002_model.star")["model_classes"]
+        assert str(classes["rlnGradMoment1"][2]).endswith("000003@" + str(gradients / "run_it002_1moment.mrcs"))
+        first, second = (read_stack(gradients / f"run_it002_{i}moment.mrcs") for i in (1, 2))
+        assert len(first) == 2 * len(classes) and len(second) == len(classes)
+        assert (second[..., 1::2] == 0).all() and (second[..., ::2] > 0).all()
+        kept = torch.load(gradients / "checkpoint.pt", weights_only=True)["moments"]
+        last = read_stack(gradients / f"run_it{LAST:03d}_1moment.mrcs")
+        assert torch.equal(torch.view_as_real(kept["first"]).flatten(-2).flatten(0, 1), last)
 
     def test_from_given_averages(self, data, tmp_path):
         options = ("--reference", data / "truth.mrcs", "--classes", KINDS, "--initial-lowpass", 12, "--iterations", 2, "--write-every", 0)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from tests.jobs.classifying import BOX, FAST, PIXEL, classify, command, no_pictures, two_phantoms
-from tests.jobs.refining import density, iterations, nothing_half_written, warnings_of
+from tests.jobs.refining import LOW, density, iterations, nothing_half_written, warnings_of
 
 import frazil.steps.classify as step
 from frazil.cli import main
@@ -102,7 +102,7 @@ class TestFiles:
 
     def test_write_every(self, data, finished, tmp_path):
         out = classify(data, tmp_path / "run", "--iterations", LAST, "--write-every", 3)
-        assert sorted(path.name[4:9] for path in out.glob("run_it*_model.star")) == ["it003", f"it{LAST:03d}"]
+        assert sorted(path.name[4:9] for path in out.glob("run_it*_model.star")) == ["it000", "it003", f"it{LAST:03d}"]
         assert torch.equal(density(out / f"run_it{LAST:03d}_class002.mrc"), density(finished / f"run_it{LAST:03d}_class002.mrc"))
         none = classify(data, tmp_path / "none", "--iterations", 2, "--write-every", 0)
         assert [path.name for path in none.glob("run_it*_model.star")] == ["run_it002_model.star"]
@@ -219,6 +219,34 @@ class TestGoingOn:
             a, b = (density(run / f"run_it003_class{k:03d}.mrc") for run in (tmp_path / "more", finished))
             assert float((a - b).norm() / b.norm()) < 1e-3  # to the digits of the STAR files
 
+    def test_continue_from_iteration_0_is_the_run_itself(self, data, finished, tmp_path, monkeypatch):
+        """The seeds of the classes are no part of RELION's files: they are drawn anew from the same --seed. Nor is the first filter."""
+        monkeypatch.chdir(data)
+        kinds = {path.name[9:] for path in finished.glob("run_it000_*")}
+        assert kinds == {"_data.star", "_model.star", "_optimiser.star", "_sampling.star", "_class001.mrc", "_class002.mrc"}
+        words = ["class3d", "--continue", finished / "run_it000_optimiser.star", "--output", tmp_path / "more", *FAST, "--quiet"]
+        assert main([str(w) for w in [*words, "--initial-lowpass", LOW]]) == 0
+        assert [event["iteration"] for event in iterations(tmp_path / "more")] == list(range(1, LAST + 1))
+        for k in (1, 2):
+            a, b = (density(run / f"run_it002_class{k:03d}.mrc") for run in (tmp_path / "more", finished))
+            assert float((a - b).norm() / b.norm()) < 2e-3  # to the digits of the STAR files
+
+    def test_continue_from_iteration_0_filters_as_the_run_did(self, data, finished, tmp_path, monkeypatch):
+        monkeypatch.chdir(data)
+        words = ["class3d", "--continue", finished / "run_it000_optimiser.star", "--output", tmp_path / "more", *FAST, "--quiet"]
+        assert main([str(w) for w in [*words, "--iterations", 1]]) == 0
+        assert iterations(tmp_path / "more")[0]["resolution"] == iterations(finished)[0]["resolution"]
+
+    def test_iteration_0_as_relion_writes_it_is_refused(self, data, finished, tmp_path, monkeypatch, capsys):
+        """RELION 3.1.3 writes no run_it000_sampling.star and continues neither from its own iteration 0 nor from ours."""
+        monkeypatch.chdir(data)
+        shutil.copytree(finished, tmp_path / "run")
+        (tmp_path / "run" / "run_it000_sampling.star").unlink()
+        settings = tmp_path / "run" / "run_it000_optimiser.star"
+        settings.write_text(settings.read_text().replace(str(finished), str(tmp_path / "run")))
+        line = refused(capsys, ["class3d", "--continue", str(settings), "--output", str(tmp_path / "more"), "--quiet"])
+        assert "run_it000_sampling.star" in line and "neither" in line
+
     def test_continue_is_refused_where_it_makes_no_sense(self, data, finished, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(data)
         start = ["class3d", "--continue", str(finished / "run_it002_optimiser.star"), "--output", str(tmp_path / "more"), "--quiet"]
@@ -323,9 +351,11 @@ class TestBadInput:
         assert "PARTICLES is missing" in refused(capsys, ["class3d", *rest])
         assert "--reference is missing" in refused(capsys, ["class3d", str(data / "particles.star"), *rest])
 
-    def test_an_auto_refinement_cannot_be_continued_as_a_classification(self, data, tmp_path, capsys):
-        general = {"rlnDoAutoRefine": 1, "rlnModelStarFile": "x", "rlnCurrentIteration": 3}
-        write_star(tmp_path / "run_it003_optimiser.star", {"optimiser_general": general})
-        line = refused(capsys, ["class3d", "--continue", str(tmp_path / "run_it003_optimiser.star"), "--output", str(tmp_path / "run")])
+    @pytest.mark.parametrize("n", [0, 3])
+    def test_an_auto_refinement_cannot_be_continued_as_a_classification(self, data, tmp_path, capsys, n):
+        general = {"rlnDoAutoRefine": 1, "rlnModelStarFile": "x", "rlnCurrentIteration": n}
+        optimiser = tmp_path / f"run_it{n:03d}_optimiser.star"
+        write_star(optimiser, {"optimiser_general": general})
+        line = refused(capsys, ["class3d", "--continue", str(optimiser), "--output", str(tmp_path / "run")])
         assert "is not of a classification" in line
 

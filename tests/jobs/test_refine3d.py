@@ -161,16 +161,25 @@ def test_the_optimiser_names_files_that_are_there(finished: Path) -> None:
     assert general["rlnCurrentIteration"] == last(finished)["iteration"]
 
 
-def test_the_files_of_an_iteration_hold_all_the_next_one_needs(data: Path, finished: Path) -> None:
-    state, particles = read_refinement(finished / "run_it002_optimiser.star", finished)
+@pytest.mark.parametrize("n", [0, 2])
+def test_the_files_of_an_iteration_hold_all_the_next_one_needs(data: Path, finished: Path, n: int) -> None:
+    state, particles = read_refinement(finished / f"run_it{n:03d}_optimiser.star", finished)
+    assert state.progress.iteration == n
     params = Refine3dParams(initial_lowpass=25, diameter=120, offset_range=2, max_order=2)
     names = particles.image_names
     images = torch.stack([density_of_image(data, name) for name in names])
     following = iterate(Job(images, params, make_engine(params, seed=1)), state)
     for h in (1, 2):
-        written = density(finished / f"run_it003_half{h}_class001.mrc")
+        written = density(finished / f"run_it{n + 1:03d}_half{h}_class001.mrc")
         assert float((following.models[h - 1].maps[0] - written).norm() / written.norm()) < 1e-3
-    assert following.progress.shell == round(BOX * PIXEL / iterations(finished)[2]["resolution"])
+    assert following.progress.shell == round(BOX * PIXEL / iterations(finished)[n]["resolution"])
+
+
+def test_iteration_0_is_written_only_where_iterations_are(data: Path, finished: Path, tmp_path: Path) -> None:
+    halves = {f"_half{h}_{kind}" for h in (1, 2) for kind in ("model.star", "class001.mrc")}
+    assert {path.name[9:] for path in finished.glob("run_it000*")} == {"_data.star", "_sampling.star", "_optimiser.star", *halves}
+    out = refine(data, tmp_path / "run", "--iterations", 1)  # which ends unconverged, so that its last iteration is written
+    assert [path.name for path in out.glob("run_it*_optimiser.star")] == ["run_it001_optimiser.star"]
 
 
 def density_of_image(data: Path, name: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from frazil.maths.filters import (
     apply_spectrum,
+    apply_to_ft,
     frequency_radii,
     friedel_weights,
     lowpass_map,
@@ -15,6 +16,7 @@ from frazil.maths.filters import (
     power_spectrum,
     shell_average,
     shell_sums,
+    shell_totals,
 )
 
 
@@ -59,6 +61,25 @@ def test_lowpass_keeps_slow_waves_and_removes_fast_ones() -> None:
     torch.testing.assert_close(filtered, slow.contiguous(), atol=1e-12, rtol=0)
     halfway = lowpass_map(slow, 2.0, 16.0)  # centred on shell 4
     torch.testing.assert_close(halfway, 0.5 * slow, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("resolution", [60.0, 40.0, 12.0, 5.0, 3.0, 2.2, 2.0])
+@pytest.mark.parametrize("edge", [0.0, 2.0, 5.0])
+@pytest.mark.parametrize("box", [32, 33])
+def test_lowpass_without_the_empty_part_is_the_whole_transforms(box: int, edge: float, resolution: float, rng: torch.Generator) -> None:
+    data = torch.randn(box, box, box, generator=rng, dtype=torch.float64)
+    expected = apply_to_ft(data, lambda r: lowpass_weights(r, box, 1.0, resolution, edge))
+    torch.testing.assert_close(lowpass_map(data, 1.0, resolution, edge), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("box", [16, 15])
+def test_totals_by_shell_count_friedel_mates(box: int, rng: torch.Generator) -> None:
+    ft = torch.fft.rfftn(torch.randn(box, box, box, generator=rng, dtype=torch.float64))
+    power = ft.real.square() + ft.imag.square()
+    whole = shell_totals(lambda rows: (power[rows],), box)[0]
+    torch.testing.assert_close(whole, shell_sums(lambda rows: power[rows], box))
+    stored = shell_totals(lambda rows: (power[rows],), box, relion=True)[0]
+    torch.testing.assert_close(stored, shell_sums(lambda rows: power[rows] / friedel_weights(box), box))
 
 
 def test_images_are_filtered_one_by_one(rng: torch.Generator) -> None:

@@ -75,6 +75,19 @@ def test_small_components_go_and_are_counted() -> None:
     assert keep_components(torch.zeros_like(inside))[1:] == ((), 0)
 
 
+def test_components_of_a_full_box_leave_the_argument_alone() -> None:
+    """A mask that fills its bounding box would be written to if it were not copied."""
+    inside = torch.zeros(8, 8, 8, dtype=torch.bool)
+    inside[0], inside[7], inside[4, 4, 4] = True, True, True
+    before = inside.clone()
+    kept, sizes, dropped = keep_components(inside, smallest=0.1)
+    assert torch.equal(inside, before)
+    assert sizes == (64, 64)
+    assert dropped == 1
+    assert not kept[4].any()
+    assert torch.equal(kept[[0, 7]], before[[0, 7]])
+
+
 def test_sets() -> None:
     a, b = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
     found = {name: combine(a, b, name).tolist() for name in ("and", "or", "and-not", "or-not")}

@@ -81,12 +81,17 @@ def read_mrc(path: str | os.PathLike[str]) -> Volume:
     Permuted axes are put right. Raises BadInput as read_header does.
     """
     header = read_header(path)
+    return Volume(torch.from_numpy(_pixels(path, header)), header.pixel_size[0], header.origin)
+
+
+def _pixels(path: str | os.PathLike[str], header: MrcHeader) -> np.ndarray:
+    """The pixels as float32 (z, y, x), C order and writable; the array read from the file itself where it is that already."""
     count = math.prod(header.shape)
     try:
         if header.path.suffix == ".gz":
             with gzip.open(header.path) as file:
                 file.seek(header.offset)
-                stored = np.frombuffer(file.read(count * header.dtype.itemsize), header.dtype)
+                stored = np.frombuffer(bytearray(file.read(count * header.dtype.itemsize)), header.dtype)
         else:
             stored = np.fromfile(header.path, header.dtype, count, offset=header.offset)
     except (OSError, EOFError) as error:
@@ -95,8 +100,7 @@ def read_mrc(path: str | os.PathLike[str]) -> Volume:
         raise BadInput(f"{path}: truncated: {stored.size} of {count} pixels; copy it again")
     columns, rows, sections = header.axes
     place = [(sections, rows, columns).index(axis) for axis in (3, 2, 1)]
-    data = np.ascontiguousarray(stored.reshape(header.shape).transpose(place).astype(np.float32))
-    return Volume(torch.from_numpy(data), header.pixel_size[0], header.origin)
+    return np.ascontiguousarray(stored.reshape(header.shape).transpose(place), dtype=np.float32)
 
 
 def read_map(path: str | os.PathLike[str], *, anisotropic: bool = False) -> Volume:
@@ -105,10 +109,10 @@ def read_map(path: str | os.PathLike[str], *, anisotropic: bool = False) -> Volu
     Raises BadInput as read_mrc does, and for a single image, axes that are not at right angles, values that are not finite, and,
     unless `anisotropic`, pixels that differ along the axes (read_header has their sizes; the volume then has that of x).
     """
-    volume = read_mrc(path)
+    header = read_header(path)
+    volume = Volume(torch.from_numpy(_pixels(path, header)), header.pixel_size[0], header.origin)
     if volume.data.shape[0] < 2:
         raise BadInput(f"{path}: is a single image {tuple(volume.data.shape[1:])}; expected a three-dimensional map")
-    header = read_header(path)
     sizes = header.pixel_size
     if max(abs(angle - 90) for angle in header.angles) > 0.1:
         angles = ", ".join(f"{angle:g}" for angle in header.angles)
@@ -117,7 +121,7 @@ def read_map(path: str | os.PathLike[str], *, anisotropic: bool = False) -> Volu
         shown = ", ".join(f"{s:.4g}" for s in sizes)
         raise BadInput(f"{path}: pixel sizes differ along x, y, z: {shown} Å; bring them together with `frazil map resample --pixel-size` "
                        f"or correct a wrong header with --force-pixel-size")  # fmt: skip
-    if not bool(torch.isfinite(volume.data).all()):
+    if not all(math.isfinite(x) for x in torch.aminmax(volume.data)):  # a NaN is both; without the arrays that isfinite needs
         raise BadInput(f"{path}: holds values that are not finite (NaN or infinite)")
     return volume
 

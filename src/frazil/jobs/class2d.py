@@ -12,10 +12,12 @@ from torch import Tensor
 from frazil.data import BadInput
 from frazil.io.mrc import read_mrc
 from frazil.io.particles import ParticleSet
+from frazil.io.star import read_star
 from frazil.jobs.class_report import class_report
-from frazil.jobs.classify_files import Output, pack_state, part_of, resolutions, unpack_state
+from frazil.jobs.classify_files import Output, pack_state, part_of, resolutions, seeded_anew, unpack_state
 from frazil.jobs.classify_run import check_counts, check_poses, continued, device_errors, run_iterations
 from frazil.jobs.inputs import PIXEL_TOLERANCE
+from frazil.jobs.moments import read_moments
 from frazil.jobs.particles_input import (
     Subset,
     check_diameter,
@@ -27,9 +29,12 @@ from frazil.jobs.particles_input import (
     usable_particles,
     warn_of_oddities,
 )
+from frazil.jobs.refine_files import beside
 from frazil.jobs.run import Run
-from frazil.refine.gradient import Moments
+from frazil.refine.gradient import Moments, no_moments
 from frazil.refine.parallel import world_of_environment
+from frazil.refine.planes import reference_planes
+from frazil.refine.windows import Engine
 from frazil.steps.class2d import FORM, Class2dParams, GradientState, class2d, initial_state, resolved
 from frazil.steps.classify import ClassifyJob, ClassifyState, make_engine
 
@@ -43,7 +48,7 @@ class Params(Class2dParams):
     particles: Path | None = option(None, "particle STAR file (RELION 3.0 to 5); with --continue those of its data.star", "basic")
     reference: Path | None = option(None, "stack of averages to start from, one a class (or one for all); none: from the particles alone")
     mask: Path | None = option(None, "solvent mask for the averages, an image with values 0 to 1; none: a circle of the diameter")
-    continue_: Path | None = option(None, "go on from this run_itNNN_optimiser.star (em), with its settings but those given here", "basic")
+    continue_: Path | None = option(None, "go on from this run_itNNN_optimiser.star, with its settings but those given here", "basic")
     write_every: int = option(10, "write run_itNNN files every so many iterations; 0: of the last only", ge=0, may_change=True)
     iterations: int = option(0, Class2dParams.model_fields["iterations"].description or "", "basic", ge=0, may_change=True)
 
@@ -72,10 +77,12 @@ def run(params: Params, run: Run) -> None:
             state = unpack_gradient(saved, unpack_state(saved, particles, engine.device), engine.device)
             run.note(f"resuming after iteration {state.progress.iteration}")
         elif state is not None:
-            state = part_of(state, used)
+            state = seeded_anew(part_of(state, used), params, engine.seed)
             maps = state.model.maps.to(device=engine.device, dtype=engine.dtype)
             state = replace(state, model=replace(state.model, maps=maps))
             run.note(f"{count} particles, {params.classes} classes, going on after iteration {state.progress.iteration}")
+            if params.method == "vdam":
+                state = with_moments(run, params, state, engine)
         else:
             size = f"box {optics.box} px of {optics.pixel_size:g} Å"
             run.note(f"{count} particles in {len(particles.micrographs)} micrographs, {params.classes} classes, {size}")
@@ -98,12 +105,13 @@ def first_look(params: Params) -> tuple[ClassifyState | None, Params, ParticleSe
     """(state to continue, parameters completed from it, particles): what can be told without images."""
     state = None
     if params.continue_ is not None:
-        if params.method == "vdam":
-            only = "a gradient run goes on with --resume only, which keeps its momenta"
-            raise BadInput(f"{params.continue_}: {only}; with --continue give --method em")
         state, table, params, general = continued(params, 2)
-        if "center_classes" not in params.model_fields_set and "rlnDoCenterClasses" in general:
-            params = params.model_copy(update={"center_classes": bool(int(general["rlnDoCenterClasses"]))})
+        found = {
+            "center_classes": bool(int(general.get("rlnDoCenterClasses", params.center_classes))),
+            "method": "vdam" if int(general.get("rlnDoGradientRefine", 0)) else "em",
+            "inactivity_threshold": float(general.get("rlnSgdClassInactivityThreshold", params.inactivity_threshold)),
+        }
+        params = params.model_copy(update={name: value for name, value in found.items() if name not in params.model_fields_set})
     elif params.particles is None:
         raise BadInput("PARTICLES is missing; give a particle STAR file, or --continue with the optimiser.star of an iteration")
     else:
@@ -138,6 +146,26 @@ def read_image_mask(path: Path, box: int) -> Tensor:
     if not (low >= -1e-5 and high <= 1 + 1e-5 and high > 0):  # false for NaN too
         raise BadInput(f"{path}: values run from {low:.4g} to {high:.4g}, expected 0 to 1 and not all 0; make the mask again")
     return mask
+
+
+def with_moments(run: Run, params: Params, state: ClassifyState, engine: Engine) -> GradientState:
+    """The state of --continue with the momenta and accuracies of its files, or without where the iteration was not one of gradients."""
+    assert params.continue_ is not None
+    folder, number = Path.cwd(), state.progress.iteration
+    general = dict(read_star(params.continue_)["optimiser_general"])
+    model = beside(params.continue_, folder, str(general["rlnModelStarFile"]))
+    planes = reference_planes(state.model.maps[:1], state.model.box, engine)
+    m = planes.shape[-1] - 1
+    moments = read_moments(model, folder, m, begun=number > 0) if int(general.get("rlnDoGradientRefine", 0)) else None
+    if moments is None:
+        run.note(f"{params.continue_}: has no momenta; the gradients begin anew")
+        moments = no_moments(params.classes, m, planes)
+    else:
+        moments = replace(moments, first=moments.first.to(planes), second=moments.second.to(planes.real))
+    classes = read_star(model)["model_classes"]
+    labels = ("rlnAccuracyRotations", "rlnAccuracyTranslationsAngst")
+    accuracy = torch.stack([torch.tensor([float(x) for x in classes[label]], dtype=torch.float64) for label in labels], 1)
+    return GradientState(**{**vars(state), "accuracy": accuracy}, moments=moments)
 
 
 def pack_gradient(state: ClassifyState) -> dict[str, Any]:

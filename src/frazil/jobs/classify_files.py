@@ -16,6 +16,7 @@ from frazil.data import BadInput, Particles
 from frazil.io.mrc import write_mrc
 from frazil.io.particles import ParticleSet, read_particles, write_particles
 from frazil.io.star import Block, read_star, write_star
+from frazil.jobs.moments import write_moments
 from frazil.jobs.refine_files import (
     FIXED_SETTINGS,
     beside,
@@ -31,6 +32,7 @@ from frazil.refine.classes import class_shells
 from frazil.refine.convergence import Progress
 from frazil.refine.model import Model, Poses
 from frazil.refine.sampling import Sampling, make_grid
+from frazil.steps.class2d import GradientState
 from frazil.steps.classify import UNKNOWN, ClassifyParams, ClassifyState, keeps_orientations
 
 
@@ -55,8 +57,10 @@ def write_iteration(out: Output, state: ClassifyState, *, last: bool = False) ->
     """RELION's files of an iteration: maps, model, sampling, data, optimiser; of the last also run_data.star."""
     root = f"run_it{state.progress.iteration:03d}"
     names = write_maps(out.folder, root, state)
+    moments = state.moments if isinstance(state, GradientState) else None
+    gradients = {} if moments is None else write_moments(out.folder, root, moments, state.model.pixel_size)
     paths = {kind: out.folder / f"{root}_{kind}.star" for kind in ("model", "sampling", "data", "optimiser")}
-    write_star(paths["model"], model_blocks(state, out.params, names))
+    write_star(paths["model"], model_blocks(state, out.params, names, gradients))
     write_star(paths["sampling"], sampling_blocks(state, out.params))
     extra = {
         "rlnLogLikeliContribution": state.poses.log_likelihood.numpy(), "rlnMaxValueProbDistribution": state.poses.pmax.numpy(),
@@ -82,12 +86,12 @@ def write_maps(folder: Path, root: str, state: ClassifyState) -> list[str]:
     return [str(file) for file in files]
 
 
-def model_blocks(state: ClassifyState, params: ClassifyParams, map_names: list[str]) -> dict[str, Block]:
-    """model.star of K classes."""
+def model_blocks(state: ClassifyState, params: ClassifyParams, map_names: list[str], gradients: dict[str, list[str]]) -> dict[str, Block]:
+    """model.star of K classes; gradients: columns that name the momenta of a gradient run."""
     model, names = state.model, list(state.particles.micrographs)
     counts = torch.bincount(state.particles.micrograph, minlength=len(names))
     classes: dict[str, Any] = {
-        "rlnReferenceImage": map_names, "rlnClassDistribution": model.pdf_class.numpy(),
+        "rlnReferenceImage": map_names, **gradients, "rlnClassDistribution": model.pdf_class.numpy(),
         "rlnAccuracyRotations": state.accuracy[:, 0].numpy(), "rlnAccuracyTranslationsAngst": state.accuracy[:, 1].numpy(),
         "rlnEstimatedResolution": resolutions(state).numpy(), "rlnOverallFourierCompleteness": completeness(model).numpy(),
     }  # fmt: skip
@@ -233,7 +237,10 @@ def host_copy(state: ClassifyState) -> Callable[[], ClassifyState]:
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
             unmasked = None if state.unmasked is None else state.unmasked.cpu()
-            return replace(state, model=replace(state.model, maps=state.model.maps.cpu()), unmasked=unmasked)
+            here = replace(state, model=replace(state.model, maps=state.model.maps.cpu()), unmasked=unmasked)
+            if isinstance(here, GradientState) and here.moments is not None:
+                here = replace(here, moments=replace(here.moments, first=here.moments.first.cpu(), second=here.moments.second.cpu()))
+            return here
 
     return copy
 

@@ -98,7 +98,7 @@ def run_iterations(
     loop: Callable[[ClassifyJob, ClassifyState], Iterator[ClassifyState]] = classify,
     pack: Callable[[ClassifyState], dict[str, Any]] = pack_state,
 ) -> ClassifyState:  # fmt: skip
-    """The rest of a classification: every iteration recorded, checkpointed, and every so many written. Returns the last state.
+    """The rest of a classification: every iteration recorded, checkpointed, and every so many written, also 0. Returns the last state.
 
     loop: yields the states; pack: what of one goes to the checkpoint. Files are written while the next iteration is computed. Of several
     processes only the first writes.
@@ -107,6 +107,9 @@ def run_iterations(
     run.check_stop()
     with device_errors(run), Writer() as writer:
         job = with_images_at_hand(job, state.particles)
+        if first and write_every and state.progress.iteration == 0:  # RELION's scripts look for what a run began with
+            begin = host_copy(state)
+            writer.do(lambda: write_iteration(out, begin()))
         for state in loop(job, state):  # noqa: B020 (the last state is what is left)
             number = state.progress.iteration
             record(run, state)
@@ -169,6 +172,8 @@ def continued(params: Any, dims: int) -> tuple[ClassifyState, ParticleSet, Any, 
         raise BadInput(f"{path}: has {state.model.classes} classes, --classes is {params.classes}; leave that out")
     find: Callable[[str], Path] = lambda label: beside(path, Path.cwd(), general[label])  # noqa: E731
     kept = kept_settings(params, general, find("rlnModelStarFile"), find("rlnOrientSamplingStarFile"), state.model.pixel_size)
+    if state.progress.iteration == 0 and "initial_lowpass" not in params.model_fields_set:  # which the files do not name
+        kept["initial_lowpass"] = state.model.box * state.model.pixel_size / max(state.progress.shell, 1)
     params = params.model_copy(update={**kept, "classes": state.model.classes})
     if state.progress.iteration >= (params.iterations or 25):
         raise BadInput(f"{path}: iteration {state.progress.iteration} is done, --iterations is {params.iterations}; raise it")

@@ -52,7 +52,8 @@ def read_halves(first: Path, second: Path | None, mask: Path | None, pixel_size:
     a, b = (read_map_at(path, pixel_size) for path in (first, second))
     check_same_grid(a, first, b, second)
     for path, volume in ((first, a), (second, b)):
-        if float(volume.data.std()) == 0:
+        low, high = torch.aminmax(volume.data)
+        if bool(low == high):
             raise BadInput(f"{path}: every voxel has the same value; expected an unfiltered half map")
     inside = None
     if mask is not None:

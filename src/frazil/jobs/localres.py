@@ -19,6 +19,7 @@ from frazil.jobs.inputs import check_symmetry
 from frazil.jobs.map_plots import plot_directional, plot_local_resolution, plot_resolution_histogram, plot_sphere
 from frazil.jobs.pages import Picture, write_page
 from frazil.jobs.run import Run
+from frazil.jobs.watching import watched
 from frazil.maths.filters import lowpass_map
 from frazil.maths.fourier import fourier_resample
 from frazil.maths.fsc import fsc, resolution_at
@@ -71,17 +72,14 @@ def run(params: Params, run: Run) -> None:
         raise BadInput(f"--radius and --edge: the window of {2 * (params.radius + params.edge):g} Å is larger than the box of "
                        f"{halves.box * halves.pixel_size:.4g} Å")  # fmt: skip
 
-    def progress(what: str, done: float, total: float) -> None:
-        run.check_stop()
-        run.progress(done, total, what)
-
-    found = local_resolution(halves.first, halves.second, halves.mask, halves.pixel_size, params, mtf, run.seed, progress)
+    watch = watched(run, halves.paths[1])
+    found = local_resolution(halves.first, halves.second, halves.mask, halves.pixel_size, params, mtf, run.seed, watch)
     write_mrc(run.file("relion_locres.mrc"), found.resolution, halves.pixel_size)
     write_mrc(run.file("relion_locres_filtered.mrc"), found.filtered, halves.pixel_size)
     write_points(run, halves, found)
     directional = None
     if params.directional:
-        progress("directional FSC", 0, 1)
+        watch.progress("directional FSC", 0, 1)
         directional = directional_fsc(halves.first, halves.second, halves.mask, halves.pixel_size, params)
         write_directional(run, halves, directional)
     views = pose_efficiency(rotations, operators) if rotations is not None else None

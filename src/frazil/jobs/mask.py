@@ -63,6 +63,8 @@ class Params(MaskParams):
 
 def run(params: Params, run: Run) -> None:
     """Write mask.mrc, plots and report.html."""
+    if run.resumed:
+        run.note("a mask takes less time to make than what is half made to keep: it is made anew")
     grid = read_grid(params)
     data = grid.data.to(run.device)
     curve: ThresholdCurve | None = None
@@ -147,7 +149,7 @@ def report(run: Run, params: Params, grid: Volume, mask: Mask, curve: ThresholdC
     """Say what came out, with plots."""
     for line in mask.warnings:
         run.warn(line)
-    inside = float((mask.data > 0.5).double().mean())
+    inside = int((mask.data > 0.5).count_nonzero()) / mask.data.numel()
     run.event("mask", threshold=mask.threshold, volume=mask.volume, seed_volume=mask.seed_volume, mass=mask.mass, share=inside,
               components=list(mask.components[:20]), dropped=mask.dropped, proposals=curve.proposals if curve else {})  # fmt: skip
     numbers = [(f"{mask.volume:.0f} Å³", "volume of the mask"), (f"{100 * inside:.1f} %", "of the box"),

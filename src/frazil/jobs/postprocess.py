@@ -19,6 +19,7 @@ from frazil.jobs.pages import Picture, write_page
 from frazil.jobs.plots import plot_fsc, plot_map
 from frazil.jobs.refine_files import resolution_columns
 from frazil.jobs.run import Run
+from frazil.jobs.watching import watched
 from frazil.steps.mask import MaskParams, filtered, make_mask, threshold_curve
 from frazil.steps.postprocess import EXPERT, GOLD, Postprocessed, PostprocessParams, postprocess
 
@@ -55,13 +56,9 @@ def run(params: Params, run: Run) -> None:
     mtf = read_mtf(params.mtf, params.mtf_pixel_size, halves.pixel_size) if params.mtf else None
     if params.auto_mask and params.mask is None:
         halves = with_mask(halves, run)
-    steps = iter(range(1, 5))
-
-    def progress(what: str) -> None:
-        run.check_stop()
-        run.progress(next(steps), 4, what)
-
-    found = postprocess(halves.first, halves.second, halves.mask, halves.pixel_size, params, mtf, run.seed, progress)
+    watch = watched(run, halves.paths[1])
+    found = postprocess(halves.first, halves.second, halves.mask, halves.pixel_size, params, mtf, run.seed, watch)
+    watch.progress("writing", 4, 4)
     if params.half_maps:
         write_halves(run, params, halves, found, mtf)
     write_mrc(run.file("postprocess.mrc"), found.data, halves.pixel_size)

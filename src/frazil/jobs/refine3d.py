@@ -73,6 +73,8 @@ def run(params: Params, run: Run) -> None:
     else:
         state = unpack_state(saved, particles)
         run.note(f"resuming after iteration {state.progress.iteration}")
+    if params.write_iterations and state.progress.iteration == 0:
+        write_iteration(run, params, state, table, used, "run_it000")
     run.check_stop()
     for state in refine3d(job, state):  # noqa: B020 (the last state is what is left)
         record(run, params, state)

@@ -48,8 +48,8 @@ def _along(field: Tensor, axis: int, reach: int) -> Tensor:
 
 def bounding_box(inside: Tensor, margin: int = 0) -> tuple[slice, slice, slice]:
     """Slices of z, y, x that hold every True voxel of `inside` (Z, Y, X) and `margin` px around; ValueError if there is none."""
-    flat = inside.any(dim=2)
-    lines = (flat.any(dim=1), flat.any(dim=0), inside.any(dim=0).any(dim=0))
+    flat = inside.view(torch.uint8).amax(dim=0)  # of bytes several times as fast as any() of bools
+    lines = (torch.stack([plane.any() for plane in inside]), flat.amax(dim=1), flat.amax(dim=0))
     slices = []
     for line in lines:
         used = line.nonzero()

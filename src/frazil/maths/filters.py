@@ -75,14 +75,21 @@ def shell_totals(
     RELION's FSC and Guinier plots; otherwise the sums are those over the whole transform, as in `shell_sums`.
     """
     last = box // 2
-    weight = torch.ones(last + 1, dtype=torch.float64, device=device) if relion else friedel_weights(box, device)
+    single = slice(0, None, last) if box % 2 == 0 else slice(0, 1)  # kx of the elements that stand for themselves alone
     totals: list[Tensor] = []
     for start in range(0, box, PLANES):
         rows = slice(start, min(start + PLANES, box))
-        shell = shell_rows(box, dims, device, rows).reshape(-1)
-        sums = [torch.bincount(shell, (x.double() * weight).reshape(-1), minlength=last + 2)[:-1] for x in values(rows)]
+        shell, given = shell_rows(box, dims, device, rows), values(rows)
+        sums = [_by_shell(shell, x, last) for x in given]
+        if not relion:
+            sums = [2 * a - _by_shell(shell[..., single], x[..., single], last) for a, x in zip(sums, given, strict=True)]
         totals = sums if not totals else [a + b for a, b in zip(totals, sums, strict=True)]
     return torch.stack(totals)
+
+
+def _by_shell(shell: Tensor, values: Tensor, last: int) -> Tensor:
+    """(last + 1,) float64 sums of values by shell; those beyond `last` are left out."""
+    return torch.bincount(shell.reshape(-1), values.double().reshape(-1), minlength=last + 2)[:-1]
 
 
 def shell_average(half: Tensor, box: int) -> Tensor:
@@ -120,7 +127,36 @@ def apply_to_ft(data: Tensor, weight: Callable[[Tensor], Tensor], dims: int = 3)
 
 def lowpass_map(data: Tensor, pixel_size: float, resolution: float, edge: float = 2.0, *, dims: int = 3) -> Tensor:
     """Low-passed map (N, N, N), or with dims=2 image(s) (…, N, N): raised cosine `edge` shells wide centred on `resolution` Å."""
-    return apply_to_ft(data, lambda r: lowpass_weights(r, data.shape[-1], pixel_size, resolution, edge), dims)
+    box = data.shape[-1]
+
+    def weight(r: Tensor) -> Tensor:
+        return lowpass_weights(r, box, pixel_size, resolution, edge)
+
+    first_empty = math.floor(box * pixel_size / resolution + max(edge, 0) / 2) + 1  # |k| from which on the weight is 0
+    if dims == 3 == data.ndim and first_empty <= box // 2:
+        return _inner_components(data, weight, first_empty)
+    return apply_to_ft(data, weight, dims)
+
+
+def _inner_components(data: Tensor, weight: Callable[[Tensor], Tensor], end: int) -> Tensor:
+    """As apply_to_ft does with a map (N, N, N) whose weight is 0 from |k| = end ≤ N/2 on, without the transform's empty part.
+
+    One axis is transformed after the other and cut to its components below `end`; at 15 Å in a box of 500 Å that is a hundredth of them.
+    """
+    box, device = data.shape[-1], data.device
+    kept = torch.cat([torch.arange(end, device=device), torch.arange(box - end + 1, box, device=device)])
+    k = torch.cat([torch.arange(end, device=device), torch.arange(1 - end, 0, device=device)]).double().square()
+    low = torch.stack([torch.fft.fft(torch.fft.rfft(plane)[:, :end], dim=0)[kept] for plane in data])
+    low = torch.fft.fft(low, dim=0)[kept]
+    low *= weight((k[:, None, None] + k[:, None] + k[:end]).sqrt()).to(data.dtype)
+    spread = low.new_zeros(box, len(kept), end)
+    spread[kept] = low
+    out = torch.empty_like(data)
+    for plane, inner in zip(out, torch.fft.ifft(spread, dim=0), strict=True):
+        rows = inner.new_zeros(box, end)
+        rows[kept] = inner
+        plane.copy_(torch.fft.irfft(torch.fft.ifft(rows, dim=0), n=box))
+    return out
 
 
 def apply_spectrum(data: Tensor, spectrum: Tensor, *, dims: int = 3) -> Tensor:

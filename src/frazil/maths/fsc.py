@@ -64,15 +64,21 @@ def randomise_phases(volume: Tensor, from_shell: int, generator: torch.Generator
     relion: from |k| = from_shell on instead, as RELION does, which leaves the inner half of that shell as it is.
     The noise is drawn on the generator's device, so a CPU generator gives the same map on every device.
     """
-    noise = torch.randn(volume.shape, generator=generator, device=generator.device, dtype=volume.dtype).to(volume.device)
-    ft, random = torch.fft.rfftn(volume), torch.fft.rfftn(noise)
+    return _random_map(torch.fft.rfftn(volume), volume, from_shell, generator, relion=relion)
+
+
+def _random_map(ft: Tensor, like: Tensor, from_shell: int, generator: torch.Generator, *, relion: bool) -> Tensor:
+    """randomise_phases of the map whose half transform is ft; `like` (N, N, N) has its shape, type and device."""
+    noise = torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+    random = torch.fft.rfftn(noise)
+    del noise
     start = from_shell if relion else from_shell - 0.5
-    for rows, radius in planes(volume.shape[-1], 3, volume.device):
+    for rows, radius in planes(like.shape[-1], 3, like.device):
         here, there = ft[rows], random[rows]
         power, drawn = (x.real.square() + x.imag.square() for x in (here, there))
-        ratio = (power / drawn.clamp(min=torch.finfo(volume.dtype).tiny)).sqrt()
-        ft[rows] = torch.where(radius >= start, there * ratio, here)
-    return torch.fft.irfftn(ft, s=volume.shape)
+        ratio = (power / drawn.clamp(min=torch.finfo(like.dtype).tiny)).sqrt()
+        random[rows] = torch.where(radius >= start, there * ratio, here)
+    return torch.fft.irfftn(random, s=like.shape)
 
 
 @dataclass(frozen=True)
@@ -97,15 +103,16 @@ def corrected_fsc(
     shells (fsc_of_transforms) and start of the random phases. draws: mean over so many sets of random phases; a single one is noisy
     in a small box.
     """
-    unmasked = fsc(half1, half2, relion=relion)
     masked = fsc(half1 * mask, half2 * mask, relion=relion)
+    transforms = torch.fft.rfftn(half1), torch.fft.rfftn(half2)
+    unmasked = fsc_of_transforms(*transforms, half1.shape[-1], relion=relion)
     start = first_below(unmasked, below) if randomise_from is None else randomise_from
     if start is None:
         return CorrectedFsc(unmasked, masked, torch.zeros_like(masked), masked.clone(), None)
     random = torch.zeros_like(masked)
     for draw in range(draws):
         streams = (torch.Generator().manual_seed(2 * (seed + 1_000_003 * draw) + i) for i in (0, 1))
-        noisy = (randomise_phases(half, start, stream, relion=relion) * mask for half, stream in zip((half1, half2), streams, strict=True))
+        noisy = (_random_map(ft, mask, start, stream, relion=relion).mul_(mask) for ft, stream in zip(transforms, streams, strict=True))
         random += fsc(*noisy, relion=relion) / draws
     corrected = corrected_for_mask(masked, random, start)
     corrected[start + 2 :] = corrected[start + 2 :].clamp(min=0)  # a refinement has no use for negative ones

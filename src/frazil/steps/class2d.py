@@ -27,10 +27,11 @@ from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Statistics
 from frazil.refine.sampling import Sampling
 from frazil.refine.search import reference_volumes
+from frazil.refine.settings import setting
 from frazil.refine.timing import Clock
 from frazil.refine.windows import make_frame, make_windows
 from frazil.steps import classify
-from frazil.steps.classify import ClassifyJob, ClassifyParams, ClassifyState, Form, setting
+from frazil.steps.classify import ClassifyJob, ClassifyParams, ClassifyState, Form
 
 FIRST_PARTICLES = 1000  # as many make the first averages, or 5 a class
 FIRST_FREQUENCY = 0.07  # cycles per pixel: the first averages hold no more

@@ -12,7 +12,8 @@ from frazil.refine.convergence import Progress, finer_sampling
 from frazil.refine.maximization import flatten_solvent, solvent_sphere
 from frazil.refine.model import Statistics
 from frazil.refine.sampling import Sampling
-from frazil.steps.classify import ClassifyJob, ClassifyParams, ClassifyState, Form, setting
+from frazil.refine.settings import setting
+from frazil.steps.classify import ClassifyJob, ClassifyParams, ClassifyState, Form
 
 LOCAL_ORDER = 4  # of the first finer grid (3.75 degrees, 1.9 oversampled)
 TOO_FINE = 0.8  # a coarser sampling may do whose steps are below this part of the expected accuracy (spec 4.2)

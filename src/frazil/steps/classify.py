@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from frazil.data import Images, Particles
 from frazil.maths.filters import lowpass_map, lowpass_weights
 from frazil.maths.fourier import resolution_shell
 from frazil.maths.symmetry import operators
+from frazil.refine import settings
 from frazil.refine.accuracy import expected_accuracies
 from frazil.refine.classes import Reconstruction, class_shells, classes_of, copied, first_data_vs_prior, spread
 from frazil.refine.convergence import (
@@ -36,6 +36,7 @@ from frazil.refine.parallel import World, with_less_memory
 from frazil.refine.planner import keep_on_device
 from frazil.refine.sampling import Sampling, fixed_grid, make_grid
 from frazil.refine.search import reference_volumes
+from frazil.refine.settings import MatchParams, Settings, setting
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine
 
@@ -43,15 +44,8 @@ UNKNOWN = 999.0  # an accuracy that was not estimated
 LEAST_SHARE = 0.01  # accuracies are estimated for classes with at least this share of the particles (spec 4.4)
 
 
-def setting(default: Any, text: str, unit: str = "", level: str = "expert", **limits: Any) -> Any:
-    """A field of the parameters of a step."""
-    return Field(default, description=text, json_schema_extra={"unit": unit, "level": level}, **limits)
-
-
-class ClassifyParams(BaseModel):
-    """What 2D and 3D classification have in common."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Start(Settings):
+    """What a classification starts from and how it searches (apart from ClassifyParams for the order of the parameters alone)."""
 
     classes: int = setting(1, "number of classes", level="basic", ge=1)
     tau_fudge: float = setting(4.0, "factor on the signal prior: larger trusts the data more and finer detail sooner", level="basic", gt=0)
@@ -63,17 +57,11 @@ class ClassifyParams(BaseModel):
     firstiter_cc: bool = setting(True, "first iteration by cross-correlation: the references need not be on the particles' grey scale")
     zero_mask: bool = setting(True, "fill the particles outside the mask with zeros, not with noise")
     flatten_solvent: bool = setting(True, "mask the references between iterations: given mask, or a sphere (circle) of the diameter")
-    pad: float = setting(2.0, "padding of Fourier volumes", ge=1, le=4)
-    mask_edge: float = setting(5.0, "width of soft mask edges", "px", ge=0)
-    perturb: float = setting(0.5, "random perturbation of the sampling each iteration, in coarse steps; 0: none", ge=0, le=1)
-    sigma_offset: float = setting(10.0, "first standard deviation of the shifts", "Å", gt=0)
-    adaptive_fraction: float = setting(0.999, "posterior mass of the coarse samples that go to the fine pass", gt=0, le=1)
-    max_significant: int = setting(
-        1000, "most coarse samples a particle may take to the fine pass (only flat posteriors have more); -1: no limit, as RELION"
-    )
-    norm: bool = setting(True, "estimate a norm correction for every particle")
-    scale: bool = setting(True, "estimate a scale for every micrograph")
-    ctf_intact_first_peak: bool = setting(False, "leave the CTF 1 before its first peak")
+
+
+class ClassifyParams(MatchParams, Start):
+    """What 2D and 3D classification have in common."""
+
     skip_align: bool = setting(False, "keep orientations and shifts, find classes only")
     skip_rotate: bool = setting(False, "keep orientations, search shifts and classes")
     strict_highres: float | None = setting(None, "finest resolution the images are compared at; none: as far as the maps go", "Å", gt=0)
@@ -136,15 +124,9 @@ class ClassifyState:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def make_engine(
-    params: ClassifyParams, *, device: str = "cpu", dtype: torch.dtype = torch.float32, budget: int = 4 << 30, **more: Any
-) -> Engine:
-    """Engine settings of a classification."""
-    return Engine(
-        diameter=params.diameter, mask_edge=params.mask_edge, zero_mask=params.zero_mask, pad=params.pad, fraction=params.adaptive_fraction,
-        max_significant=params.max_significant, correct_norm=params.norm, correct_scale=params.scale,
-        ctf_mode="intact_first_peak" if params.ctf_intact_first_peak else "normal", device=device, dtype=dtype, budget=budget, **more,
-    )  # fmt: skip
+def make_engine(params: ClassifyParams, **more: Any) -> Engine:
+    """Engine settings of a classification; more: those of settings.make_engine."""
+    return settings.make_engine(params, diameter=params.diameter, zero_mask=params.zero_mask, **more)
 
 
 def initial_state(job: ClassifyJob, particles: Particles, references: Tensor, pixel_size: float) -> ClassifyState:

@@ -23,6 +23,7 @@ from pydantic.config import JsonDict
 from scipy.fft import next_fast_len
 from torch import Tensor
 
+from frazil.data import Watch
 from frazil.maths.filters import apply_spectrum, friedel_weights, lowpass_weights, power_spectrum, shell_rows
 from frazil.maths.fsc import corrected_for_mask, randomise_phases
 from frazil.maths.masks import soft_sphere
@@ -34,6 +35,7 @@ BATCH_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}  # of the cubes treated at a tim
 SMALLEST_SHARE = 0.2  # of the noise in a window must be inside the mask, or the window is left out
 FAINT = 1e-5  # weight of a window where points near by say more
 TABLE_BYTES = 1 << 28  # largest table (elements of a cube, shells) for the sums; else they are added element by element
+UNWATCHED = Watch()
 EXPERT: JsonDict = {"level": "expert"}
 ANGSTROM: JsonDict = {"unit": "Å"}
 
@@ -141,16 +143,20 @@ class _ShellSums:
         return flat.new_zeros(len(flat), self.shells).index_add_(1, self._shell, flat * self._weight)
 
 
-def window_curves(a: Tensor, b: Tensor, windows: Windows, tick: Callable[[int], None] = lambda done: None) -> Tensor:
-    """(n, c/2+1) float64 FSC of two maps (N, N, N) in every window; what lies outside the box is 0."""
+def window_curves(a: Tensor, b: Tensor, windows: Windows, what: str = "windows", watch: Watch = UNWATCHED) -> Tensor:
+    """(n, c/2+1) float64 FSC of two maps (N, N, N) in every window; what lies outside the box is 0.
+
+    Batch by batch the curves so far go to the watch under the name `what`, and those it knows are not measured again.
+    """
     side, device = windows.side, a.device
     weight = windows.weight.to(device)
     sums = _ShellSums(side, device)
     batch = max(1, BATCH_BYTES.get(device.type, 1 << 27) // (8 * side**3))
     pads = [torch.nn.functional.pad(x, (side // 2,) * 6) for x in (a, b)]
     corners = windows.points.tolist()  # the window's first voxel in the padded map is at its centre's coordinates
-    curves = []
-    for start in range(0, len(corners), batch):
+    known = watch.known.get(what)
+    curves = [] if known is None else [known]
+    for start in range(0 if known is None else len(known), len(corners), batch):
         chosen = corners[start : start + batch]
         x, y = (
             torch.fft.rfftn(torch.stack([pad[i : i + side, j : j + side, k : k + side] for i, j, k in chosen]) * weight, dim=(1, 2, 3))
@@ -158,7 +164,8 @@ def window_curves(a: Tensor, b: Tensor, windows: Windows, tick: Callable[[int], 
         )
         cross, power1, power2 = sums(x.real * y.real + x.imag * y.imag), sums(_power(x)), sums(_power(y))
         curves.append((cross.double() / (power1.double() * power2.double()).sqrt().clamp(min=1e-300)).cpu())
-        tick(min(start + batch, len(corners)))
+        watch.keep(what, torch.cat(curves))
+        watch.progress(what, min(start + batch, len(corners)), len(corners))
     out = torch.cat(curves)
     out[:, 0] = 1.0
     return out
@@ -233,8 +240,7 @@ def filter_locally(
 
 def local_resolution(
     half1: Tensor, half2: Tensor, mask: Tensor | None, pixel_size: float, params: LocalresParams,
-    mtf: tuple[np.ndarray, float] | None = None, seed: int = 0,
-    progress: Callable[[str, float, float], None] = lambda what, done, total: None,
+    mtf: tuple[np.ndarray, float] | None = None, seed: int = 0, watch: Watch = UNWATCHED,
 ) -> LocalResolution:  # fmt: skip
     """Local resolution of two half maps (N, N, N) float32; the mask says which windows to look at, and their s_j.
 
@@ -246,14 +252,14 @@ def local_resolution(
     if not count:
         raise ValueError("no window lies inside the mask")
     half1, half2, mean_map = *whitened(half1, half2, mask), (half1 + half2) / 2
-    masked = window_curves(half1, half2, windows, lambda done: progress("windows", done, count))
+    masked = window_curves(half1, half2, windows, "windows", watch)
     length = windows.side * pixel_size
     # Random phases on the shells of the whole box; the shell of the cubes from which on their curves are corrected is the same frequency.
     start = max(1, math.floor(box * pixel_size / params.randomise_from))
     noisy = [randomise_phases(half, start, torch.Generator().manual_seed(2 * seed + i)) for i, half in enumerate((half1, half2))]
     every = max(1, count // RANDOM_WINDOWS)
     some = replace(windows, points=windows.points[::every], share=windows.share[::every])
-    random = window_curves(noisy[0], noisy[1], some, lambda done: progress("random phases", done, len(some.points))).mean(0)
+    random = window_curves(noisy[0], noisy[1], some, "random phases", watch).mean(0)
     del noisy
     curves = corrected_for_mask(masked, random, math.floor(length / params.randomise_from))
     if params.solvent_share:
@@ -262,5 +268,5 @@ def local_resolution(
     frequency, weight = blend(windows, 1 / at_points, box, device)
     frequency = torch.where(weight > 1e-9, frequency, torch.full_like(frequency, 1 / params.lowest)).clamp(min=1 / params.lowest)
     filtered = filter_locally(mean_map, frequency, pixel_size, windows.side, params.b_factor, mtf,
-                              lambda done, total: progress("local filter", done, total))  # fmt: skip
+                              lambda done, total: watch.progress("local filter", done, total))  # fmt: skip
     return LocalResolution(1 / frequency, filtered, windows.points, at_points, curves, masked, random, windows.side)

@@ -109,9 +109,13 @@ def keep_components(inside: Tensor, largest: int = 0, smallest: float = 0.01) ->
     if not bool(inside.any()):
         return inside, (), 0
     box = bounding_box(inside)
-    labels = np.zeros(tuple(inside[box].shape), np.int32)
-    count = int(ndimage.label(inside[box].cpu().numpy(), CONNECTED, output=labels))  # pyright: ignore[reportArgumentType]
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    cut = np.array(inside[box].cpu().numpy(), order="C")  # a copy: it is written to
+    labels = np.zeros(cut.shape, np.int32)
+    count = int(ndimage.label(cut, CONNECTED, output=labels))  # pyright: ignore[reportArgumentType]
+    place = np.flatnonzero(cut)  # counting all voxels would take longer than labelling them
+    label = labels.ravel()[place]
+    del labels
+    sizes = np.bincount(label, minlength=count + 1)[1:]
     order = np.argsort(-sizes, kind="stable")
     kept = [int(i) for i in order if sizes[i] >= smallest * sizes.max()]
     kept = kept[:largest] if largest else kept
@@ -119,8 +123,9 @@ def keep_components(inside: Tensor, largest: int = 0, smallest: float = 0.01) ->
         return inside, tuple(int(sizes[i]) for i in kept), 0
     chosen = np.zeros(count + 1, dtype=bool)
     chosen[[i + 1 for i in kept]] = True
+    cut.ravel()[place[~chosen[label]]] = False
     out = torch.zeros_like(inside)
-    out[box] = torch.from_numpy(chosen[labels]).to(inside.device)
+    out[box] = torch.from_numpy(cut).to(inside.device)
     return out, tuple(int(sizes[i]) for i in kept), count - len(kept)
 
 
@@ -175,7 +180,7 @@ def make_mask(inside: Tensor, pixel_size: float, params: MaskParams, threshold: 
     grown = grow(kept, params.extend)
     data = soften(grown, params.edge)
     voxel = pixel_size**3
-    mask = Mask(data, threshold, components, dropped, float(grown.sum()) * voxel, float(kept.sum()) * voxel)
+    mask = Mask(data, threshold, components, dropped, int(grown.count_nonzero()) * voxel, int(kept.count_nonzero()) * voxel)
     told = warnings_of(mask, pixel_size, params)
     return Mask(1 - data if params.invert else data, threshold, components, dropped, mask.volume, mask.seed_volume, told)
 

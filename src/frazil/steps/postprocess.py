@@ -18,13 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 from torch import Tensor
 
+from frazil.data import Watch
 from frazil.maths.filters import lowpass_weights, planes, shell_rows, shell_totals
 from frazil.maths.fsc import NO_RESOLUTION, CorrectedFsc, corrected_for_mask, corrected_fsc, fsc, resolution_at
 from frazil.maths.independence import SHARED_NOISE, identical, shared_shells, solvent_correlation
 
+UNWATCHED = Watch()
 GOLD = 0.143
 TIGHT = 0.1  # FSC of random phases at the resolution from which on the mask is too tight
-DRAWN_VOXELS = 1 << 22  # small boxes get several sets of random phases, up to 8, until so many voxels are drawn
+DRAWN_VOXELS = 1 << 25  # boxes get several sets of random phases until about so many voxels are drawn: some CPU-seconds
+MOST_DRAWS = 16  # one set has an error of 0.03 a shell at 64 px, the mean of so many of 0.008
 NO_WEIGHT = 1e-4  # FSC from which on nothing of the map is kept
 SMALLEST_MTF = 1e-3
 SPHERE_SHARE = 0.476  # of the box, in the definition of the fraction f
@@ -98,7 +101,7 @@ def compare_halves(
     start = None
     if params.randomise_from is not None:
         start = max(1, int(half1.shape[-1] * pixel_size / params.randomise_from + 1e-6))
-    draws = max(1, min(8, round(DRAWN_VOXELS / half1.numel())))
+    draws = max(1, min(MOST_DRAWS, round(DRAWN_VOXELS / half1.numel())))
     found = corrected_fsc(half1, half2, mask, seed, randomise_from=start, below=params.randomise_below, relion=True, draws=draws)
     if found.randomise_from is None:
         return found
@@ -135,17 +138,19 @@ def mtf_at(table: np.ndarray, frequency: Tensor) -> Tensor:
     return torch.where(values < SMALLEST_MTF, torch.ones_like(values), values)
 
 
-def _multiply(ft: Tensor, box: int, factor: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """ln of the mean amplitude by shell, (N/2+1,), after ft_ was multiplied in place by factor(|k| in cycles per box, rows)."""
+def _multiply_(ft: Tensor, box: int, factor: Callable[[Tensor, slice], Tensor]) -> None:
+    """Multiply a half transform by factor(|k| in cycles per box, rows)."""
     for rows, radius in planes(box, 3, ft.device):
         ft[rows] *= factor(radius, rows).to(ft.real.dtype)
-    return _log_amplitude(ft, box)
 
 
-def _log_amplitude(ft: Tensor, box: int) -> Tensor:
-    """(N/2+1,) ln⟨|F|⟩ with F = FFT/N³."""
-    total, count = shell_totals(lambda s: (ft[s].abs(), torch.ones_like(ft[s].real)), box, 3, ft.device, relion=True)
-    mean = total / count / box**3
+def _amplitude(ft: Tensor, box: int, count: Tensor) -> Tensor:
+    """(N/2+1,) ⟨|F|⟩ with F = FFT/N³; count (N/2+1,): elements of the shells."""
+    return shell_totals(lambda s: (ft[s].abs(),), box, 3, ft.device, relion=True)[0] / count / box**3
+
+
+def _log(mean: Tensor) -> Tensor:
+    """ln of amplitudes, −99 for none."""
     return torch.where(mean > 1e-40, mean.clamp(min=1e-300).log(), torch.full_like(mean, EMPTY)).cpu()
 
 
@@ -162,45 +167,68 @@ def sharpen(
     weight = fsc_weight(curve) if params.fsc_weighting else torch.ones_like(curve)
     table = torch.cat([weight, weight.new_zeros(1)]).to(mean_map.device)
     ft = torch.fft.rfftn(mean_map)
-    original = _log_amplitude(ft, box)
-    corrected = original
+    count = shell_totals(lambda s: (torch.ones_like(ft[s].real),), box, 3, ft.device, relion=True)[0]
+    original = corrected = _amplitude(ft, box, count)
     if mtf is not None:
         values, detector = mtf
-        corrected = _multiply(ft, box, lambda r, rows: 1 / mtf_at(values, r / side * detector))
-    weighted = corrected
-    if params.fsc_weighting:
-        weighted = _multiply(ft, box, lambda r, rows: table[shell_rows(box, 3, ft.device, rows)])
+        _multiply_(ft, box, lambda r, rows: 1 / mtf_at(values, r / side * detector))
+        corrected = _amplitude(ft, box, count)
+    weighted = corrected * weight.to(corrected)  # the weight is the same all over a shell
     k2 = (torch.arange(len(curve), dtype=torch.float64) / side).square()
-    guinier = fit_guinier(Guinier(k2, original, corrected, weighted, weighted), weight.cpu(), pixel_size, params)
+    plot = Guinier(k2, _log(original), _log(corrected), _log(weighted), _log(weighted))
+    guinier = fit_guinier(plot, weight.cpu(), pixel_size, params)
     b = params.b_factor if params.b_factor is not None else 4 * guinier.slope
     low_pass = params.low_pass if params.low_pass > 0 else resolution if params.low_pass < 0 or not params.fsc_weighting else 0.0
 
     def last(r: Tensor, rows: slice) -> Tensor:
         factor = torch.exp(-b / 4 * (r / side).square()) * (r <= box // 2)  # nothing beyond Nyquist, where B would raise noise alone
+        if params.fsc_weighting:
+            factor = factor * table[shell_rows(box, 3, ft.device, rows)]
         return factor * lowpass_weights(r, box, pixel_size, low_pass, params.edge) if 0 < low_pass < NO_RESOLUTION else factor
 
-    guinier = replace(guinier, sharpened=_multiply(ft, box, last))
+    _multiply_(ft, box, last)
+    guinier = replace(guinier, sharpened=_log(_amplitude(ft, box, count)))
     return torch.fft.irfftn(ft, s=mean_map.shape), guinier, b
 
 
 def postprocess(
     half1: Tensor, half2: Tensor, mask: Tensor | None, pixel_size: float, params: PostprocessParams,
-    mtf: tuple[np.ndarray, float] | None = None, seed: int = 0, progress: Callable[[str], None] = lambda what: None,
+    mtf: tuple[np.ndarray, float] | None = None, seed: int = 0, watch: Watch = UNWATCHED,
 ) -> Postprocessed:  # fmt: skip
     """Everything from two half maps (N, N, N) float32, a mask in [0, 1] or None, and the pixel size in Å; see the module's text."""
     box = half1.shape[-1]
-    progress("FSC curves")
-    curves = compare_halves(half1, half2, mask, pixel_size, params, seed)
+    watch.progress("FSC curves", 1, 4)
+    packed = watch.known.get("curves")
+    packed = _pack(compare_halves(half1, half2, mask, pixel_size, params, seed)) if packed is None else packed
+    watch.keep("curves", packed)
+    curves = _unpack(packed)
     used, told = decide(curves, box, pixel_size, params, mask is not None)
     resolution, at_half = (resolution_at(used, level, box, pixel_size) for level in (GOLD, 0.5))
-    progress("independence of the halves")
-    told += about_independence(half1, half2, mask, curves.unmasked, pixel_size, resolution)
-    progress("sharpening")
+    watch.progress("independence of the halves", 2, 4)
+    shared = watch.known.get("independence")
+    shared = measure_independence(half1, half2, mask) if shared is None else shared
+    watch.keep("independence", shared)
+    told += about_independence(shared, curves.unmasked, box, pixel_size, resolution)
+    watch.progress("sharpening", 3, 4)
     data, guinier, b = sharpen((half1 + half2) / 2, pixel_size, used, resolution, params, mtf)
     told += about_fit(guinier, params, resolution)
     fraction = box_fraction(mask, box, pixel_size, params.mass)
     particle = particle_fsc(curves.unmasked, fraction)
     return Postprocessed(data, curves, used, particle, fraction, resolution, at_half, b, guinier, tuple(told))
+
+
+def _pack(curves: CorrectedFsc) -> Tensor:
+    """(5, n) float64 on the CPU: the four curves, and the first randomised shell (−1: none) in a row of its own."""
+    rows = [curves.unmasked, curves.masked, curves.randomised, curves.corrected]
+    start = -1 if curves.randomise_from is None else curves.randomise_from
+    return torch.stack([*rows, torch.full_like(rows[0], start)]).cpu()
+
+
+def _unpack(packed: Tensor) -> CorrectedFsc:
+    """The curves that _pack packed."""
+    unmasked, masked, randomised, corrected, start = packed
+    first = int(start[0])
+    return CorrectedFsc(unmasked, masked, randomised, corrected, None if first < 0 else first)
 
 
 def box_fraction(mask: Tensor | None, box: int, pixel_size: float, mass: float | None) -> float:
@@ -259,12 +287,19 @@ def about_curve(curve: Tensor, box: int, pixel_size: float) -> list[str]:
     return told
 
 
-def about_independence(a: Tensor, b: Tensor, mask: Tensor | None, unmasked: Tensor, pixel_size: float, resolution: float) -> list[str]:
-    """Warnings where the halves are not independent: identical, noise in common, or joined at low resolution."""
+def measure_independence(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    """(3,) float64: 1 where two half maps (N, N, N) are identical, else 0; correlation of their noise in the solvent; its error."""
     if identical(a, b):
+        return torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    return torch.tensor([0.0, *solvent_correlation(a, b, mask)], dtype=torch.float64)
+
+
+def about_independence(shared: Tensor, unmasked: Tensor, box: int, pixel_size: float, resolution: float) -> list[str]:
+    """Warnings where the halves are not independent: identical, noise in common (measure_independence), or joined at low resolution."""
+    same, noise, error = shared.tolist()
+    if same:
         return ["the half maps are identical: their FSC is 1 and means nothing; give the two halves of one refinement"]
-    told, box = [], a.shape[-1]
-    noise, error = solvent_correlation(a, b, mask)
+    told = []
     if noise > SHARED_NOISE and noise > 5 * error:
         told.append(f"the noise of the halves correlates by {noise:.2f} in the solvent: they are not independent (the same particles in "
                     "both, duplicates, or halves refined together), and the resolution is too good")  # fmt: skip

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from frazil.data import Images, Particles, Volume
@@ -20,6 +19,7 @@ from frazil.maths.fourier import resolution_shell
 from frazil.maths.fsc import corrected_fsc
 from frazil.maths.symmetry import operators
 from frazil.refine import maximization as m_step
+from frazil.refine import settings
 from frazil.refine.accuracy import expected_accuracy
 from frazil.refine.convergence import (
     Progress,
@@ -37,54 +37,43 @@ from frazil.refine.initial import initial_noise, split_halves
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import with_less_memory
 from frazil.refine.sampling import Grid, Sampling, make_grid
+from frazil.refine.settings import MatchParams, Settings, setting
 from frazil.refine.windows import Engine
 
 ACCURACY_PARTICLES = 100
 
 
-def _field(default, text: str, unit: str = "", level: str = "expert", **limits):
-    return Field(default, description=text, json_schema_extra={"unit": unit, "level": level}, **limits)
+class Start(Settings):
+    """What a refinement starts from and how it searches first (apart from Refine3dParams for the order of the parameters alone)."""
 
-
-class Refine3dParams(BaseModel):
-    """Gold-standard auto-refinement of one map from particles and a rough reference."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    initial_lowpass: float = _field(60.0, "low-pass filter of the reference before the first iteration", "Å", "basic", gt=0)
-    symmetry: str = _field("C1", "point group of the particle: Cn, Dn, T, O, I, I1 to I4", level="basic")
-    diameter: float = _field(-1.0, "diameter of the circular mask on the particles; -1: the box less the mask's edge", "Å", "basic")
-    healpix_order: int = _field(2, "HEALPix order of the first coarse orientation grid (2: 15 degrees, 7.5 oversampled)", ge=0, le=7)
-    local_from_order: int = _field(
+    initial_lowpass: float = setting(60.0, "low-pass filter of the reference before the first iteration", "Å", "basic", gt=0)
+    symmetry: str = setting("C1", "point group of the particle: Cn, Dn, T, O, I, I1 to I4", level="basic")
+    diameter: float = setting(-1.0, "diameter of the circular mask on the particles; -1: the box less the mask's edge", "Å", "basic")
+    healpix_order: int = setting(2, "HEALPix order of the first coarse orientation grid (2: 15 degrees, 7.5 oversampled)", ge=0, le=7)
+    local_from_order: int = setting(
         4, "order from which each particle searches only near its last orientation (4: 3.7 degrees coarse)", ge=1, le=8
     )
-    offset_range: float = _field(10.0, "range of the first shift search", "px", gt=0)
-    offset_step: float = _field(2.0, "coarse step of the first shift search", "px", gt=0)
-    oversampling: int = _field(1, "times the coarse grid is halved in the fine pass", ge=1, le=3)
-    firstiter_cc: bool = _field(True, "first iteration by cross-correlation: the reference need not be on the particles' grey scale")
-    tau_fudge: float = _field(1.0, "factor on the signal prior; above 1 the resolution shown during the run is inflated", gt=0)
-    low_resolution_join: float = _field(
+    offset_range: float = setting(10.0, "range of the first shift search", "px", gt=0)
+    offset_step: float = setting(2.0, "coarse step of the first shift search", "px", gt=0)
+    oversampling: int = setting(1, "times the coarse grid is halved in the fine pass", ge=1, le=3)
+    firstiter_cc: bool = setting(True, "first iteration by cross-correlation: the reference need not be on the particles' grey scale")
+    tau_fudge: float = setting(1.0, "factor on the signal prior; above 1 the resolution shown during the run is inflated", gt=0)
+    low_resolution_join: float = setting(
         40.0, "the halves share their signal up to this resolution, so that they keep one orientation", "Å", gt=0
     )
-    zero_mask: bool = _field(True, "fill the particles outside the mask with zeros, not with noise")
-    flatten_solvent: bool = _field(True, "mask the references between iterations: given mask, or sphere of the diameter")
-    solvent_correct_fsc: bool = _field(False, "use the mask-corrected FSC of the halves during refinement (needs a mask)")
-    pad: float = _field(2.0, "padding of Fourier volumes", ge=1, le=4)
-    mask_edge: float = _field(5.0, "width of soft mask edges", "px", ge=0)
-    perturb: float = _field(0.5, "random perturbation of the sampling each iteration, in coarse steps; 0: none", ge=0, le=1)
-    sigma_offset: float = _field(10.0, "first standard deviation of the shifts", "Å", gt=0)
-    adaptive_fraction: float = _field(0.999, "posterior mass of the coarse samples that go to the fine pass", gt=0, le=1)
-    max_significant: int = _field(
-        1000, "most coarse samples a particle may take to the fine pass (only flat posteriors have more); -1: no limit, as RELION"
-    )
-    norm: bool = _field(True, "estimate a norm correction for every particle")
-    scale: bool = _field(True, "estimate a scale for every micrograph")
-    ctf_intact_first_peak: bool = _field(False, "leave the CTF 1 before its first peak")
-    max_order: int | None = _field(None, "finest coarse HEALPix order to go to; none: as the accuracy asks")
-    sample_to_accuracy: bool = _field(
+    zero_mask: bool = setting(True, "fill the particles outside the mask with zeros, not with noise")
+    flatten_solvent: bool = setting(True, "mask the references between iterations: given mask, or sphere of the diameter")
+    solvent_correct_fsc: bool = setting(False, "use the mask-corrected FSC of the halves during refinement (needs a mask)")
+
+
+class Refine3dParams(MatchParams, Start):
+    """Gold-standard auto-refinement of one map from particles and a rough reference."""
+
+    max_order: int | None = setting(None, "finest coarse HEALPix order to go to; none: as the accuracy asks")
+    sample_to_accuracy: bool = setting(
         False, "refine the sampling until its step is 0.75 of the expected accuracy, as RELION does, even below d/2D"
     )
-    iterations: int = _field(999, "iterations after which an unconverged run stops, without joining the halves", ge=1)
+    iterations: int = setting(999, "iterations after which an unconverged run stops, without joining the halves", ge=1)
 
 
 @dataclass(frozen=True)
@@ -113,15 +102,9 @@ class Job:
     tick: Callable[[int], None] = lambda done: None  # particles done in this iteration; may raise to stop
 
 
-def make_engine(
-    params: Refine3dParams, *, device: str = "cpu", dtype: torch.dtype = torch.float32, budget: int = 4 << 30, **more
-) -> Engine:
-    """Engine settings of a refinement."""
-    return Engine(
-        diameter=params.diameter, mask_edge=params.mask_edge, zero_mask=params.zero_mask, pad=params.pad, fraction=params.adaptive_fraction,
-        max_significant=params.max_significant, correct_norm=params.norm, correct_scale=params.scale,
-        ctf_mode="intact_first_peak" if params.ctf_intact_first_peak else "normal", device=device, dtype=dtype, budget=budget, **more,
-    )  # fmt: skip
+def make_engine(params: Refine3dParams, **more: Any) -> Engine:
+    """Engine settings of a refinement; more: those of settings.make_engine."""
+    return settings.make_engine(params, diameter=params.diameter, zero_mask=params.zero_mask, **more)
 
 
 def initial_state(job: Job, particles: Particles, reference: Volume) -> State:
