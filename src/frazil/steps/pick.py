@@ -21,7 +21,7 @@ from torch import Tensor
 from frazil.data import Optics
 from frazil.maths.ctf import ctf
 from frazil.maths.masks import soft_edge
-from frazil.maths.peaks import local_maxima, refine_peaks
+from frazil.maths.peaks import local_maxima, refine_peaks, thinned
 from frazil.maths.templates import is_round, mask_templates, template_reach, turned_templates
 from frazil.maths.tiling import Tiling, WorkGrid, frequencies, half_plane, joined, on_micrograph, tile_axis, tiles_ft, transform, work_grid
 from frazil.ops.correlate import correlate_max_
@@ -125,7 +125,7 @@ class ScoreMap:
 
 @dataclass(frozen=True)
 class Picks:
-    """Candidates of a micrograph, in no order."""
+    """Candidates of a micrograph, best first."""
 
     xy: Tensor  # (n, 2) float64, px of the micrograph
     value: Tensor  # (n,)
@@ -295,11 +295,13 @@ def amplitudes(prepared: Prepared, bank: Bank) -> Tensor:
 
 
 def candidates(
-    scores: ScoreMap, threshold: float, edge: float, max_deviation: float = -1.0, min_mean: float = -999.0, level: float | None = None
+    scores: ScoreMap, threshold: float, edge: float, max_deviation: float = -1.0, min_mean: float = -999.0, level: float | None = None,
+    distance: float = 0.0,
 ) -> Picks:
     """Local maxima ≥ threshold, ≥ `edge` Å from the border, where sigma ≤ max_deviation (≤ 0: any) and mu ≥ min_mean.
 
-    `area` is the share of the searched area that is above `level` (the threshold if not given).
+    `area` is the share of the searched area that is above `level` (the threshold if not given). Of maxima nearer than `distance` Å to each
+    other those may be missing that maths.peaks.highest_apart would not accept at that distance.
     """
     h, w = scores.value.shape
     rows = torch.arange(h, device=scores.value.device) / scores.grid.scale[0]
@@ -312,14 +314,21 @@ def candidates(
         allowed = allowed & (scores.sigma <= max_deviation)
     allowed = allowed & (scores.mu >= min_mean)
     peaks = local_maxima(scores.value, allowed, threshold)
-    area = float((allowed & (scores.value >= (threshold if level is None else level))).sum() / searched)
-    at = refine_peaks(scores.value, peaks)
-    y, x = peaks.unbind(-1)
-    scale = torch.tensor(scores.grid.scale, dtype=torch.float64, device=at.device)
-    xy = (at / scale).flip(-1)
-    limit = torch.tensor([scores.grid.shape[1] - 1.0, scores.grid.shape[0] - 1.0], dtype=torch.float64, device=at.device)
-    xy = torch.minimum(xy.clamp(min=0), limit)
-    return Picks(xy.cpu(), scores.value[y, x].cpu(), scores.psi[y, x].cpu(), scores.template[y, x].cpu(), area)
+    area = (allowed & (scores.value >= (threshold if level is None else level))).sum() / searched
+    values = scores.value[peaks[:, 0], peaks[:, 1]]
+    order = values.argsort(descending=True, stable=True)
+    peaks, values = peaks[order], values[order].double()
+    xy = refine_peaks(scores.value, peaks).flip(-1)
+    xy[:, 0] /= scores.grid.scale[1]
+    xy[:, 1] /= scores.grid.scale[0]
+    xy[:, 0].clamp_(0, scores.grid.shape[1] - 1.0)
+    xy[:, 1].clamp_(0, scores.grid.shape[0] - 1.0)
+    kept = thinned(xy, distance / scores.grid.pixel_size)
+    y, x = peaks[kept].unbind(-1)
+    parts = (values[kept], scores.psi[y, x].double(), scores.template[y, x].double(), area.double().expand(len(kept)))
+    found = torch.cat([xy[kept], torch.stack(parts, -1)], -1).cpu()  # in one piece: each copy waits for the device
+    share = float(found[0, 5]) if len(found) else float(area)
+    return Picks(found[:, :2].contiguous(), found[:, 2].float(), found[:, 3].float(), found[:, 4].to(scores.template.dtype), share)
 
 
 # ---- pieces
