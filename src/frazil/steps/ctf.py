@@ -163,6 +163,7 @@ def micrograph_spectrum(
     edge = _soft_edges(side, image.device)
     keep = torch.cat([torch.arange(n // 2), torch.arange(side - n // 2, side)]).to(image.device)
     window = edge[:, None] * edge
+    nothing = 1e-8 * float(window.square().sum())  # that share of noise's power is rounding: tiles of one value are left out
     together = ON_CPU if image.device.type == "cpu" else ON_GPU
     corners = [(y, x) for y in rows for x in columns]
     parts, means = [], []
@@ -173,11 +174,11 @@ def micrograph_spectrum(
         power = torch.view_as_real(torch.fft.fft(ft, dim=1)[:, keep]).square().sum(-1)
         polar = polar_mean(power, bins)
         mean = (polar * bins.count).sum((1, 2)) / bins.count.sum()
-        scale = torch.where(mean > 0, 1 / mean, 0.0)[:, None, None]
+        scale = torch.where(mean > nothing, 1 / mean, 0.0)[:, None, None]
         parts.append(polar * scale)
         means.append(mean)
         total += (power * scale.float()).sum(0)
-    live = torch.cat(means) > 0  # tiles of nothing but one value are left out
+    live = torch.cat(means) > nothing
     tiles = torch.cat(parts)[live]
     corner = torch.tensor(corners, dtype=torch.float64)[live.cpu()]
     place = (corner + side / 2 - torch.tensor(image.shape) / 2).flip(-1) * pixel_size
