@@ -70,6 +70,17 @@ def test_candidates_that_a_better_neighbour_beats_may_be_left_out(rng, monkeypat
     assert picks[0] == picks[1] and len(picks[0][0]) > 10
 
 
+def test_detail_finer_than_the_lowpass_leaves_no_trace(rng):
+    """Of the templates: sampled on the work grid it would fold back to coarse detail."""
+    image = planted(0.5, 1.0, rng, PLACES)
+    x = torch.arange(BOX) - BOX // 2
+    stripes = torch.cos(2 * math.pi * PIXEL / 14 * x) * torch.exp(-(x[:, None].square() + x.square()) / 50)  # 14 Å, fine ends softly
+    pictures = templates(0.5), templates(0.5) + 2 * stripes
+    banks = [make_bank(p, PIXEL, SHAPE, PIXEL, PickSettings(130.0, 30.0)) for p in pictures]
+    plain, fine = (match(prepare(image, bank), bank).value for bank in banks)
+    assert (plain - fine).norm() < 0.02 * plain.norm()
+
+
 def test_inverted_contrast_finds_nothing(rng):
     image = planted(0.5, 1.0, rng, PLACES)
     bank = make_bank(templates(0.5), PIXEL, SHAPE, PIXEL, PickSettings(130.0, 20.0, invert=False))

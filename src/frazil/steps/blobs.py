@@ -18,7 +18,19 @@ from torch import Tensor
 from frazil.maths.masks import radii
 from frazil.maths.peaks import highest_apart, local_maxima, refine_peaks
 from frazil.maths.tiling import WorkGrid, half_plane, on_micrograph, transform, work_grid
-from frazil.steps.pick import Picks, PickSettings, ScoreMap, blank_border, candidates, make_bank, match, normalised, prepare, preview
+from frazil.steps.pick import (
+    Picks,
+    PickSettings,
+    ScoreMap,
+    blank_border,
+    candidates,
+    make_bank,
+    match,
+    normalised,
+    picking_grid,
+    prepare,
+    preview,
+)
 
 FRACTIONS = (1 / 5, 1 / 4, 1 / 3, 1 / 2, 1.0)  # of the smallest diameter, which are tried
 MULTIPLES = (1.0, 2.0, 3.0, 4.0, 5.0)  # of the largest
@@ -124,7 +136,7 @@ def _learn(micrographs: Sequence[Tensor], pixel_size: float, settings: BlobSetti
     diameter = MARGIN * settings.max_diameter
     plan = PickSettings(diameter, settings.lowpass, 360.0, "ncc", settings.invert)
     shape = _shape(micrographs[0])
-    side = 2 * math.ceil(1.1 * diameter / (2 * work_grid(shape, pixel_size, settings.lowpass, diameter).work_pixel)) + 4
+    side = 2 * math.ceil(1.1 * diameter / (2 * picking_grid(shape, pixel_size, settings.lowpass, diameter).work_pixel)) + 4
     blank = torch.eye(side, device=micrographs[0].device)[None]
     bank = make_bank(blank, pixel_size, shape, pixel_size, plan)
     prepared = [prepare(m, bank) for m in micrographs]

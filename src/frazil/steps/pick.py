@@ -22,11 +22,12 @@ from frazil.data import Optics
 from frazil.maths.ctf import ctf
 from frazil.maths.masks import soft_edge
 from frazil.maths.peaks import local_maxima, refine_peaks, thinned
-from frazil.maths.templates import is_round, mask_templates, template_reach, turned_templates
+from frazil.maths.templates import is_round, lowpass_templates, mask_templates, template_reach, turned_templates
 from frazil.maths.tiling import Tiling, WorkGrid, frequencies, half_plane, joined, on_micrograph, tile_axis, tiles_ft, transform, work_grid
 from frazil.ops.correlate import correlate_max_
 
 CLIP = 8.0  # standard deviations beyond which a pixel is dust and becomes 0
+OVERSAMPLED = 1.5  # samples of the work grid over what the low-pass needs (docs/steps/pick.md: recall against this)
 RING = 1.4  # outer radius of the ring of local statistics, of the particle's radius
 LONGEST_TILE = {"cpu": 400, "cuda": 1200}  # work pixels: on a CPU a batch of transforms should stay in the cache
 CTF_POINTS = 1 << 21  # evaluated at a time
@@ -135,11 +136,17 @@ class Picks:
     size: Tensor | None = None  # (n,) Å, the best diameter (LoG)
 
 
+def picking_grid(shape: tuple[int, int], pixel_size: float, lowpass: float, margin: float) -> WorkGrid:
+    """The work grid of micrographs (y, x) px, finer than the low-pass needs: with Nyquist at its end peaks between pixels are missed."""
+    return work_grid(shape, pixel_size, lowpass / OVERSAMPLED, margin)
+
+
 def make_bank(templates: Tensor, pixel_size: float, shape: tuple[int, int], micrograph_pixel: float, settings: PickSettings) -> Bank:
     """The bank of templates (t, N, N) of `pixel_size`, white on black, for micrographs (y, x) px of `micrograph_pixel`; on their device."""
-    grid = work_grid(shape, micrograph_pixel, settings.lowpass, 0.5 * RING * settings.diameter)
+    grid = picking_grid(shape, micrograph_pixel, settings.lowpass, 0.5 * RING * settings.diameter)
     reach = template_reach(settings.diameter, grid.work_pixel)
-    masked = mask_templates(templates.float(), pixel_size, settings.diameter)
+    finest = max(settings.lowpass, 2 * grid.work_pixel)
+    masked = lowpass_templates(mask_templates(templates.float(), pixel_size, settings.diameter), pixel_size, finest)
     longest = LONGEST_TILE.get(masked.device.type, LONGEST_TILE["cuda"])
     tiles = (tile_axis(grid.visible[0], reach, longest), tile_axis(grid.visible[1], reach, longest))
     n = max(1, round(360 / settings.angular_step))
