@@ -115,17 +115,38 @@ def test_local_statistics_are_those_of_the_ring_written_out(rng):
         assert abs(float(ready.sigma[y0, x0]) - float(x[ring].std())) < 0.1
 
 
-def test_ncc_is_the_coefficient_written_out(rng):
-    image = torch.randn(100, 100, generator=rng)
+def test_ncc_is_written_out(rng):
+    """Coefficient of the disc's pixels, the median of their sum of squares over all places added to that sum."""
+    image = torch.randn(100, 100, generator=rng) * torch.linspace(0.5, 2, 100)[:, None]
     bank = make_bank(templates()[:1], PIXEL, (100, 100), PIXEL, PickSettings(100.0, 0.0, angular_step=360, score="ncc"))
     scores = match(prepare(image, bank), bank)
     assert float(scores.value.abs().max()) <= 1
     h = bank.reach
-    kernel = bank.kernels(0, bank.psi)[0]
-    window = normalised(image, True)[40 - h : 40 + h + 1, 55 - h : 55 + h + 1]
+    x = normalised(image, True)
     disc = (torch.arange(-h, h + 1)[:, None] ** 2 + torch.arange(-h, h + 1) ** 2).sqrt() < 10
-    spread = (window[disc] - window[disc].mean()).square().sum().sqrt()
-    assert float(scores.value[40, 55]) == pytest.approx(float((kernel * window).sum() / spread), abs=0.02)
+    windows = x.unfold(0, 2 * h + 1, 1).unfold(1, 2 * h + 1, 1)[..., disc]  # places h … 99 − h
+    sums = (windows - windows.mean(-1, keepdim=True)).square().sum(-1)
+    usual = sums.median()  # those at the edge are much like the others
+    kernel = bank.kernels(0, bank.psi)[0]
+    for y0, x0 in ((40, 55), (75, 30)):
+        window = x[y0 - h : y0 + h + 1, x0 - h : x0 + h + 1]
+        expected = float((kernel * window).sum() / (sums[y0 - h, x0 - h] + usual).sqrt())
+        assert float(scores.value[y0, x0]) == pytest.approx(expected, abs=0.02)
+
+
+def test_faint_likeness_scores_less_than_a_particle(rng):
+    """The same picture at a tenth of the background's contrast has the same coefficient, but is none of our particles."""
+    image = torch.randn(200, 200, generator=rng)
+    picture = templates(1.5)[0]
+    for x0, factor in ((50, 1.0), (150, 0.03)):
+        place = (slice(100 - BOX // 2, 100 + BOX // 2), slice(x0 - BOX // 2, x0 + BOX // 2))
+        image[place] = factor * (0.3 * image[place] - (picture - picture[0, 0]))
+    bank = make_bank(templates()[:1], PIXEL, (200, 200), PIXEL, PickSettings(100.0, 20.0, angular_step=360, score="ncc"))
+    value = match(prepare(image, bank), bank).value
+    scale = bank.grid.scale[1]
+    strong, faint = (float(value[round(100 * scale) - 1 : round(100 * scale) + 2, round(x0 * scale) - 1 : round(x0 * scale) + 2].max())
+                     for x0 in (50, 150))  # fmt: skip
+    assert strong > 0.7 and faint < 0.4 * strong
 
 
 def test_nothing_is_picked_past_the_edge_and_half_particles_are_seen(rng):

@@ -55,8 +55,8 @@ class Params(BaseModel):
                                        json_schema_extra=ANGSTROM)  # fmt: skip
     score: Literal["auto", "fom", "ncc"] = Field(
         "auto",
-        description="fom: probability ratio to background, 1 for a perfect match; ncc: correlation coefficient, better where neither CTF "
-        "nor grey scale are known; auto: ncc for --reference without CTF, else fom",
+        description="fom: probability ratio to background, 1 for a perfect match; ncc: correlation coefficient, less where contrast is "
+        "low, better where neither CTF nor grey scale are known; auto: ncc for --reference without CTF, else fom",
     )
     symmetry: str = Field("C1", description="point group of --reference")
     view_step: float = Field(30.0, gt=0, description="angle between views of --reference", json_schema_extra={"unit": "degrees", **EXPERT})

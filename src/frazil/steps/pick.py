@@ -6,8 +6,9 @@ A: template, ⟨·⟩ = sum over the mask's pixels / their number, C = ⟨x A⟩
     D = ⟨A²⟩ − 2 (C − mu ⟨A⟩)/sigma,    R = exp(−D/2),    FOM = (R − 1)/(exp(⟨A²⟩/2) − 1)
 
 so FOM is 1 for the template itself, 0 where background is as likely. mu and sigma are of the unfiltered micrograph: FOM does not depend
-on the low-pass. `ncc`: correlation coefficient of template and micrograph under the mask, in [−1, 1]. At the edge of a micrograph sums go
-over what is visible. Best angle and template are found by ops.correlate on tiles (overlap-save), so memory is bounded.
+on the low-pass. `ncc`: correlation of template and micrograph under the mask over sqrt(S + median of S), S: the micrograph's sum of squares
+there. That is the correlation coefficient, in [−1, 1], brought down where contrast is low. At the edge of a micrograph sums go over what is
+visible. Best angle and template are found by ops.correlate on tiles (overlap-save), so memory is bounded.
 """
 from __future__ import annotations
 
@@ -427,11 +428,15 @@ def _template_power(bank: Bank) -> tuple[Tensor, float]:
 
 
 def _footprint_deviation(prepared: Prepared, bank: Bank) -> Tensor:
-    """(h, w) sqrt(Σ disc (y − ȳ)²) of the work image under the particle's disc."""
+    """(h, w) sqrt(Σ disc (y − ȳ)² + its median) of the work image under the particle's disc.
+
+    Without the median faint noise that happens to resemble a template would score as a particle does (docs/steps/pick.md).
+    """
     sums = []
     for values in (prepared.image, prepared.image.square()):
         ft = torch.fft.rfft2(values, s=bank.grid.size)
         sums.append(on_micrograph(torch.fft.irfft2(ft * bank.disc_ft.conj(), s=bank.grid.size), bank.grid))
     number = bank.disc_share * bank.n_mask
     spread = (sums[1] - sums[0].square() / number).clamp(min=0)
-    return spread.clamp(min=1e-6 * spread.mean()).sqrt()
+    usual = (spread / bank.disc_share).median() * bank.disc_share  # partly visible places hold less
+    return (spread + usual).clamp(min=1e-6 * spread.mean()).sqrt()
