@@ -188,9 +188,9 @@ def timed(star: Path, folder: Path, settings: MicrographSettings, lowpass: float
     job_stages = {k: v for k, v in next(e for e in events if e["event"] == "seconds").items() if isinstance(v, float)}
     picks = sum(read_star(out / "run" / "summary.star")[""]["rlnGroupNrParticles"])
     return {"bench": "pick", "lowpass": lowpass, "shape": [args.micrographs, args.size, args.size], "templates": VIEWS, "rotations": 72,
-            "seconds_end_to_end": round(total / args.micrographs, 4), "seconds_job": round(total, 2), "cpu_seconds_each": round(used / args.micrographs, 3),
-            "seconds_device": round(alone, 4),
-            "seconds_device_stages": stages, "seconds_job_stages": job_stages,
+            "seconds_end_to_end": round(total / args.micrographs, 4), "seconds_job": round(total, 2),
+            "cpu_seconds_each": round(used / args.micrographs, 3), "seconds_device": round(alone, 4), "seconds_device_stages": stages,
+            "seconds_job_stages": job_stages,
             "picks": int(picks), "gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else peak_gb(),
             "threads": args.threads, "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
             "commit": commit()}  # fmt: skip

@@ -63,6 +63,7 @@ def test_candidates_that_a_better_neighbour_beats_may_be_left_out(rng, monkeypat
     bank = make_bank(templates(0.5), PIXEL, SHAPE, PIXEL, PickSettings(130.0, 0.0))
     scores = match(prepare(planted(0.5, 1.0, rng, PLACES), bank), bank)
     monkeypatch.setattr("frazil.maths.peaks.FEW", 50)
+    monkeypatch.setattr("frazil.steps.pick.MANY", 50)
     every, fewer = (candidates(scores, -3.0, 20.0, distance=d) for d in (0.0, 90.0))
     assert len(fewer.xy) < 0.6 * len(every.xy) and bool((fewer.value.diff() <= 0).all()) and every.area == fewer.area
     picks = [[getattr(found, name)[highest_apart(found.xy.numpy(), found.value.double().numpy(), 90 / PIXEL)].tolist()

@@ -34,6 +34,7 @@ LONGEST_TILE = {"cpu": 400, "cuda": 1200}  # work pixels: on a CPU a batch of tr
 CTF_POINTS = 1 << 21  # evaluated at a time
 STATS_FLOOR = 1e-3  # sigma below this is a dead area
 REPEATED = 0.2  # of the usual change from line to line: below, a line is a copy
+MANY = 50_000  # maxima of a score map
 PREVIEW = 1024  # px, longest side of a picture
 
 
@@ -331,7 +332,8 @@ def candidates(
     xy[:, 1] /= scores.grid.scale[0]
     xy[:, 0].clamp_(0, scores.grid.shape[1] - 1.0)
     xy[:, 1].clamp_(0, scores.grid.shape[0] - 1.0)
-    kept = thinned(xy, distance / scores.grid.pixel_size)
+    # Some ten thousand are thinned in less time where the picks are chosen, beside the device's work, than in many small steps on it.
+    kept = thinned(xy, distance / scores.grid.pixel_size) if len(xy) > MANY else torch.arange(len(xy), device=xy.device)
     y, x = peaks[kept].unbind(-1)
     parts = (values[kept], scores.psi[y, x].double(), scores.template[y, x].double(), area.double().expand(len(kept)))
     found = torch.cat([xy[kept], torch.stack(parts, -1)], -1).cpu()  # in one piece: each copy waits for the device
