@@ -6,13 +6,14 @@
     python bench/motion.py large --device cuda                  40 frames of 4096² and of a K3: time, share of decoding (TIFF, else MRC)
     python bench/motion.py k3-superres                          40 frames of 11,520 × 8,184: peak memory
 
-Movies are kept in --folder and used again. Errors are rms over frames, both axes together, in px, the mean over frames removed (it is
-not observable): `global` of the track against the field's mean motion, `field` of all motion at 7 × 7 points. --write appends to
-results/motion.jsonl.
+Movies are kept in --folder, named after what simulates them, and used again. Errors are rms over frames, both axes together, in px, the
+mean over frames removed (it is not observable): `global` of the track against the field's mean motion, `field` of all motion at 7 × 7
+points. --write appends to results/motion.jsonl.
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -256,7 +257,8 @@ def main() -> None:
     works = {"relion": relion, "single": single, "teamtomo": teamtomo, "large": large, "k3-superres": k3_superres}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=works)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/frazil-bench-motion"))
+    made_by = hashlib.sha256((ROOT / "src" / "frazil" / "simulate" / "movies.py").read_bytes()).hexdigest()[:8]
+    parser.add_argument("--folder", type=Path, default=Path(f"/tmp/frazil-bench-motion-{made_by}"))
     parser.add_argument("--dose", type=float, default=1.2)
     parser.add_argument("--movies", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=1, help="list each movie so many times")

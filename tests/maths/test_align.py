@@ -4,7 +4,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frazil.maths.align import _evaluate, correlate_track, crop_reduced, fit_motion, make_patches, reduced_transform, shift_phases
+from frazil.maths.align import (
+    LEAST_NOISE,
+    _evaluate,
+    correlate_track,
+    crop_reduced,
+    fit_motion,
+    make_patches,
+    reduced_transform,
+    shift_phases,
+)
 
 SIZE = (192, 256)
 
@@ -79,7 +88,9 @@ def test_gradient_is_that_of_the_likelihood(rng: torch.Generator) -> None:
     left = 0.9 ** torch.arange(6.0)[:, None].expand(6, len(patches.radius))
     at = 0.4 * torch.randn(6, 1, 2, generator=rng, dtype=torch.float64)
     state = _evaluate(patches, left, at)
-    weight = (state.ssnr / (1 + state.ssnr * left.double().square().sum(0)))[patches.bins]
+    squares = left.double().square()
+    noise = (1 - state.ssnr * squares.mean(0)).clamp(min=LEAST_NOISE)
+    weight = (state.ssnr / (noise * (noise + state.ssnr * squares.sum(0))))[patches.bins]
 
     def likelihood(shifts: torch.Tensor) -> float:
         phase = torch.exp(-2j * torch.pi * (shifts[:, 0] @ patches.k.double().T))
@@ -97,7 +108,7 @@ def test_gradient_is_that_of_the_likelihood(rng: torch.Generator) -> None:
 def test_a_specimen_at_rest_stays_at_rest_under_a_fixed_pattern(rng: torch.Generator) -> None:
     pattern = 1 + 0.01 * torch.randn(SIZE, generator=rng)
     signal = 1 + 0.05 * torch.fft.irfft2(texture(rng), s=SIZE)
-    frames = torch.stack([torch.poisson(2 * signal * pattern, generator=rng) for _ in range(12)])
+    frames = torch.stack([torch.poisson(40 * signal * pattern, generator=rng) for _ in range(12)])
     ft = torch.stack([reduced_transform(f, (96, 128)) for f in frames])
     first = correlate_track(ft, SIZE)
     patches = make_patches(ft, SIZE, first, (2, 2), 0.25)

@@ -71,8 +71,8 @@ def numba_threads(numba) -> int:
 
 
 def _refuse_workqueue() -> None:
-    numba = sys.modules.get("numba")
-    layer = numba.config.THREADING_LAYER if numba else os.environ.get("NUMBA_THREADING_LAYER")
+    config = getattr(sys.modules.get("numba"), "config", None)  # another thread may be in the middle of importing it
+    layer = config.THREADING_LAYER if config else os.environ.get("NUMBA_THREADING_LAYER")
     if layer == "workqueue" and threads() > 1:
         raise RuntimeError("Numba's workqueue layer aborts when two threads use it: unset NUMBA_THREADING_LAYER, or use one thread")
 

@@ -423,9 +423,10 @@ def power_spectrum(
     total, summed, moved = torch.zeros_like(reduced[0].real), torch.empty_like(reduced[0]), torch.empty_like(reduced[0])
     frames = observed.nonzero()[:, 0].tolist()
     for start in range(0, len(frames), group):
-        summed.zero_()
-        for f in frames[start : start + group]:
-            y, x = shift_phases(shape, size, track[f].to(reduced.device))
+        first, *others = frames[start : start + group]
+        summed.copy_(reduced[first])  # the group is moved onto its first frame: |Σ| is that of any other common place
+        for f in others:
+            y, x = shift_phases(shape, size, (track[f] - track[first]).to(reduced.device))
             summed.addcmul_(torch.mul(reduced[f], x, out=moved), y)
         total += summed.abs()
     target = max(pixel_size, SPECTRUM_PIXEL)
