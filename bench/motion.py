@@ -3,7 +3,7 @@
     python bench/motion.py relion [--dose 1.2] [--movies 2] [--repeat 1]   ours and relion_run_motioncorr, the same LZW TIFF movies, one run
     python bench/motion.py single                               ours from open file to sums in memory, global and 5 × 5 patches
     python bench/motion.py teamtomo                             ours and torch-motion-correction on one of them
-    python bench/motion.py large --device cuda                  40 frames of 4096² and of a K3: time, share of decoding (TIFF, else MRC)
+    python bench/motion.py large --device cuda [--movie K3]     40 frames of 4096² and of a K3: time, stages, decoding (TIFF, else MRC)
     python bench/motion.py k3-superres                          40 frames of 11,520 × 8,184: peak memory
 
 Movies are kept in --folder, named after what simulates them, and used again. Errors are rms over frames, both axes together, in px, the
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -22,6 +23,9 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -87,13 +91,13 @@ def timed(command: list[str], folder: Path) -> tuple[float, float]:
     return time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def write_list(folder: Path, paths: list[Path], name: str) -> None:
+def write_list(folder: Path, paths: list[Path], name: str, pixel_size: float = OPTICS.pixel_size) -> None:
     """A movies.star of these movies."""
     rows = "\n".join(f"{p.name} 1" for p in paths)
     (folder / name).write_text(
         "\n# version 30001\n\ndata_optics\n\nloop_\n_rlnOpticsGroupName #1\n_rlnOpticsGroup #2\n_rlnMicrographOriginalPixelSize "
         "#3\n_rlnVoltage #4\n"
-        f"_rlnSphericalAberration #5\n_rlnAmplitudeContrast #6\nog1 1 {OPTICS.pixel_size} 300 2.7 0.1\n\n# version "
+        f"_rlnSphericalAberration #5\n_rlnAmplitudeContrast #6\nog1 1 {pixel_size} 300 2.7 0.1\n\n# version "
         f"30001\n\ndata_movies\n\nloop_\n"
         f"_rlnMicrographMovieName #1\n_rlnOpticsGroup #2\n{rows}\n\n"
     )
@@ -186,33 +190,95 @@ def _spread(difference: torch.Tensor) -> float:
     return float((difference - difference.mean(0)).square().sum(-1).mean().sqrt())
 
 
-def large(args: argparse.Namespace) -> list[Row]:
-    """40 frames of shifted texture in counting noise, with the answer checked; from the page cache."""
-    rows: list[Row] = []
+STAGES = {"decode, upload, add up": "_add_up", "bad pixels": "find_bad_pixels", "transforms": "_reduce", "whole frames": "correlate_track",
+          "patches": "make_patches", "fit": "fit_motion", "power spectrum": "power_spectrum", "sum": "_sum", "back": "_binned"}  # fmt: skip
+
+
+@contextmanager
+def stages(device: str) -> Iterator[dict[str, float]]:
+    """Seconds of each stage of a step, the device waited for at its ends (which the step itself does not)."""
+    from frazil.steps import motion as step
+
+    spent: dict[str, float] = {}
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def timing(name: str, work: Callable[..., object]) -> Callable[..., object]:
+        def inside(*args: object, **options: object) -> object:
+            wait()
+            start = time.perf_counter()
+            result = work(*args, **options)
+            wait()
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return inside
+
+    before = {function: getattr(step, function) for function in STAGES.values()}
+    for name, function in STAGES.items():
+        setattr(step, function, timing(name, before[function]))
+    try:
+        yield spent
+    finally:
+        for function, work in before.items():
+            setattr(step, function, work)
+
+
+def large(args: argparse.Namespace) -> Iterator[Row]:
+    """40 frames of shifted texture in counting noise, with the answer checked; from the page cache. One failing does not stop the other."""
     for name, height, width in (("4096²", 4096, 4096), ("K3", 4092, 5760)):
-        path, truth = _texture_movie(args.folder, height, width, 40)
-        movie = open_movie(path, threads=args.threads)
-        best: dict[str, float] = {}
-        for _ in range(3):
-            start = time.perf_counter()
-            loaded = movie.load(0, 40)
-            decode = time.perf_counter() - start
-            del loaded
-            start = time.perf_counter()
-            result = correct_motion(movie, OPTICS, MotionSettings(dose=1.0), device=args.device)
-            whole = time.perf_counter() - start
-            if not best or whole < best["seconds"]:
-                best = {"seconds": whole, "decode_alone": decode}
-        error = _spread(result.track - truth)
-        assert error < 0.1, f"{name}: track off by {error:.2f} px"
-        rows.append({"what": "motion_large", "movie": name, "container": path.suffix, "shape": [40, height, width],
-                     "device": str(args.device), **best,
-                     "decode_share": best["decode_alone"] / best["seconds"], "error_px": error})  # fmt: skip
-    return rows
+        if args.movie not in ("all", name):
+            continue
+        try:
+            yield _large(args, name, height, width)
+        except Exception as error:  # noqa: BLE001 (the other movie is to be measured all the same)
+            traceback.print_exc()
+            yield {"what": "motion_large", "movie": name, "device": args.device, "failed": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _texture_movie(folder: Path, height: int, width: int, frames: int) -> tuple[Path, torch.Tensor]:
-    """Counts of a low-passed texture that drifts by 8 px; LZW TIFF where tifffile is there, else MRC (int8)."""
+def _large(args: argparse.Namespace, name: str, height: int, width: int) -> Row:
+    start = time.perf_counter()
+    path, truth = _texture_movie(args.folder, height, width, 40, args.device)
+    made = time.perf_counter() - start
+    movie, settings = open_movie(path, threads=args.threads), MotionSettings(dose=1.0)
+    decode, upload = _best(lambda: movie.load(0, 40)), 0.0
+    if args.device.startswith("cuda"):
+        frames = movie.load(0, 40)
+        upload = _best(lambda: (frames.to(args.device), torch.cuda.synchronize()))
+        del frames
+        torch.cuda.reset_peak_memory_stats()
+    correct_motion(movie, OPTICS, settings, device=args.device)  # compiles, plans transforms
+    result, whole = None, math.inf
+    for _ in range(args.runs):
+        start = time.perf_counter()
+        result = correct_motion(movie, OPTICS, settings, device=args.device)  # its sum is in main memory: nothing is left to wait for
+        whole = min(whole, time.perf_counter() - start)
+    with stages(args.device) as spent:
+        correct_motion(movie, OPTICS, settings, device=args.device)
+    assert result is not None
+    error = _spread(result.track - truth)
+    assert error < 0.1, f"{name}: track off by {error:.2f} px"
+    gpu = torch.cuda.max_memory_allocated() / 1e9 if args.device.startswith("cuda") else 0.0
+    return {"what": "motion_large", "movie": name, "container": path.suffix, "shape": [40, height, width], "device": args.device,
+            "threads": args.threads, "seconds": whole, "decode_alone": decode, "upload_alone": upload, "decode_share": decode / whole,
+            "stages": {key: round(value, 3) for key, value in spent.items()}, "gpu_gb": gpu, "error_px": error,
+            "local": result.coefficients is not None, "making_the_movie": round(made, 1)}  # fmt: skip
+
+
+def _best(work: Callable[[], object], times: int = 3) -> float:
+    """The shortest of some runs in seconds."""
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _texture_movie(folder: Path, height: int, width: int, frames: int, device: str = "cpu") -> tuple[Path, torch.Tensor]:
+    """Counts of a low-passed texture that drifts by 8 px; LZW TIFF where tifffile and imagecodecs are there, else MRC (int8).
+
+    MRC needs no decoding: what is measured then says nothing of LZW.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     truth = -drift_track(MovieSettings(frames=frames))
     try:
@@ -222,34 +288,41 @@ def _texture_movie(folder: Path, height: int, width: int, frames: int) -> tuple[
         path = folder / f"texture_{width}x{height}.tif"
     except ImportError:
         path = folder / f"texture_{width}x{height}.mrcs"
-    if not path.exists():
-        rng = torch.Generator().manual_seed(1)
-        ft = torch.fft.rfft2(torch.randn(height, width, generator=rng))
-        ky, kx = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
-        ft *= torch.exp(-(ky.square() + kx.square()) * 60)
-        scale = 0.08 / float(torch.fft.irfft2(ft, s=(height, width)).std())
+    if path.exists():
+        return path, truth
+    rng = torch.Generator(device).manual_seed(1)
+    ft = torch.fft.rfft2(torch.randn(height, width, generator=rng, device=device))
+    ky, kx = torch.fft.fftfreq(height, device=device)[:, None], torch.fft.rfftfreq(width, device=device)[None]
+    ft *= torch.exp(-(ky.square() + kx.square()) * 60)
+    scale = 0.08 / float(torch.fft.irfft2(ft, s=(height, width)).std())
 
-        def frame(f: int) -> np.ndarray:
-            x, y = (-truth[f]).tolist()
-            image = torch.fft.irfft2(ft * torch.exp(-2j * torch.pi * (kx * x + ky * y)), s=(height, width)) * scale
-            return torch.poisson((1 + image).clamp(min=0), generator=rng).clamp(max=127).to(torch.uint8).numpy()
+    def frame(f: int) -> np.ndarray:
+        x, y = (-truth[f]).tolist()
+        image = torch.fft.irfft2(ft * torch.exp(-2j * torch.pi * (kx * x + ky * y)), s=(height, width)) * scale
+        return torch.poisson((1 + image).clamp(min=0), generator=rng).clamp(max=127).to(torch.uint8).cpu().numpy()
 
-        if path.suffix == ".tif":
-            write_tiff(path, (frame(f) for f in range(frames)))
-        else:
-            write_mrc_movie(path, np.stack([frame(f).astype(np.int8) for f in range(frames)]), 1.0)
+    if path.suffix == ".tif":
+        write_tiff(path, (frame(f) for f in range(frames)))
+    else:
+        write_mrc_movie(path, np.stack([frame(f).astype(np.int8) for f in range(frames)]), 1.0)
     return path, truth
 
 
-def k3_superres(args: argparse.Namespace) -> list[Row]:
-    """Peak memory of a whole job on a 40-frame super-resolution movie, binned twice."""
+def k3_superres(args: argparse.Namespace) -> Iterator[Row]:
+    """Peak memory and time of `frazil motion` on a 40-frame super-resolution movie, binned twice, in a process of its own."""
     path, truth = _texture_movie(args.folder, 8184, 11520, 40)
-    movie = open_movie(path, threads=args.threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    start = time.perf_counter()
-    result = correct_motion(movie, Optics(0.5), MotionSettings(dose=1.0, bin=2), device=args.device)
-    return [{"what": "motion_k3_superres", "shape": list(movie.shape), "seconds": time.perf_counter() - start, "peak_gb_before": before,
-             "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "error_px": _spread(result.track - truth)}]  # fmt: skip
+    write_list(args.folder, [path], "superres.star", 0.5)
+    shutil.rmtree(args.folder / "superres", ignore_errors=True)
+    command = [sys.executable, "-m", "frazil", "motion", "superres.star", "--output", "superres", "--dose", "1", "--bin", "2", "--quiet",
+               "--threads", str(args.threads), "--device", args.device]  # fmt: skip
+    os.environ["PYTHONPATH"] = str(ROOT / "src")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    wall, cpu = timed(command, args.folder)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert peak > before, "the largest child was another one"
+    found = read_motion(args.folder / "superres" / f"{path.stem}.star")
+    yield {"what": "motion_k3_superres", "container": path.suffix, "shape": [40, 8184, 11520], "threads": args.threads, "seconds": wall,
+           "cpu_seconds": cpu, "peak_gb": peak * 1024 / 1e9, "error_px": _spread(found.track - truth)}  # fmt: skip
 
 
 def main() -> None:
@@ -264,6 +337,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="list each movie so many times")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--movie", choices=("all", "4096²", "K3"), default="all", help="of `large`")
+    parser.add_argument("--runs", type=int, default=3, help="of `large`: the best of so many counts")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

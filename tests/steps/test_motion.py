@@ -36,6 +36,14 @@ def movie() -> tuple[SimulatedMovie, torch.Tensor]:
     return made, torch.stack([made.counts(f).clamp(max=255).to(torch.uint8) for f in range(10)])
 
 
+def test_simulated_phases_follow_the_interaction_constant() -> None:
+    """σ = 2π m e λ / h² (m relativistic) is 6.526e-4 rad/(V Å) at 300 kV; a scattering density of 1/Å² is a potential of 47.878 V."""
+    blob = density(phantom(32, 2.0, seed=2), 32, 2.0)
+    made = simulate_movie(blob, OPTICS, MovieSettings(96, 96, 2, particles=1, solvent_contrast=1.0))
+    phase = float(made.stamps.double().sum()) / float(blob.data.double().sum())
+    assert phase == pytest.approx(6.526e-4 * 47.878 * 2.0, rel=0.04)  # views are interpolated
+
+
 def test_known_motion_is_found_and_undone(movie) -> None:
     """Track and field of a movie with drift, local motion, gain, hot and dead pixels; the sum shows the particles of frame 0."""
     made, frames = movie

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from frazil.data import BadInput, Optics
 from frazil.maths.align import Fit, correlate_track, crop_reduced, empty_reduced, fit_motion, make_patches, reduced_transform, shift_phases
 from frazil.maths.bad_pixels import Repair, find_bad_pixels
 from frazil.maths.dose import damage, dose_weights, frame_exposures
-from frazil.maths.motion import TERMS, fit_polynomial, interpolate_groups, remove_spikes, total_shift
+from frazil.maths.motion import TERMS, fit_polynomial, full_phases, interpolate_groups, remove_spikes, total_shift
 from frazil.ops.warp import spline_transfer, tile_centres, warp_sum_
 
 CHUNK_BYTES = 1 << 28  # of frames read at a time, if a pixel is a byte
@@ -101,12 +102,10 @@ class _Source:
 
     def chunks(self, first_pass: bool = False) -> Iterator[tuple[int, Tensor]]:
         """(index of the first frame, (m, H, W) frames) in order."""
-        keep = False
-        for number, start in enumerate(range(0, self.n, self.step)):
-            if not first_pass and self.kept:
-                yield start, self.kept[number]
-                continue
-            part = self.frames.load(start, min(start + self.step, self.n)).to(self.device)
+        if self.kept and not first_pass:
+            yield from zip(range(0, self.n, self.step), self.kept, strict=True)
+            return
+        for start, part in self._loaded():
             if first_pass:
                 keep = part.numel() // len(part) * part.element_size() * self.n <= self.memory
                 if keep:
@@ -115,12 +114,25 @@ class _Source:
                 self.repair.apply_(part, start)
             yield start, part
 
+    def _loaded(self) -> Iterator[tuple[int, Tensor]]:
+        """Frames from the file, on the device; while some are worked on the next ones are decoded and sent there."""
+
+        def load(start: int) -> Tensor:
+            return self.frames.load(start, min(start + self.step, self.n)).to(self.device)
+
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(load, 0)
+            for start in range(0, self.n, self.step):
+                part = ahead.result()
+                if start + self.step < self.n:
+                    ahead = reader.submit(load, start + self.step)
+                yield start, part
+
     def use(self, repair: Repair) -> None:
         """Replace bad pixels from now on."""
         self.repair = repair
-        for number, start in enumerate(range(0, self.n, self.step)):
-            if self.kept:
-                repair.apply_(self.kept[number], start)
+        for number, part in enumerate(self.kept):
+            repair.apply_(part, number * self.step)
 
 
 def correct_motion(
@@ -321,20 +333,6 @@ def _sum_shifted(source: _Source, flat: Tensor, track: Tensor, weights: dict[str
                 if bool(table[f].any()):
                     out[name] += ft * (table[f][index] if bool((table[f] != table[f][0]).any()) else table[f][0])
     return out
-
-
-def full_phases(size: tuple[int, int], shift: Tensor) -> tuple[Tensor, Tensor]:
-    """((H, 1), (1, W//2+1)) factors that move a frame by `shift` (2,) xy px; Nyquist keeps its real part only, so that images stay real."""
-    height, width = size
-    ky = torch.fft.fftfreq(height, dtype=torch.float64, device=shift.device)
-    kx = torch.fft.rfftfreq(width, dtype=torch.float64, device=shift.device)
-    angles = (-2 * math.pi * shift[1].double() * ky[:, None], -2 * math.pi * shift[0].double() * kx[None])
-    y, x = (torch.polar(torch.ones_like(angle), angle).to(torch.complex64) for angle in angles)
-    if height % 2 == 0:
-        y[height // 2] = y[height // 2].real.to(y.dtype)
-    if width % 2 == 0:
-        x[:, -1] = x[:, -1].real.to(x.dtype)
-    return y, x
 
 
 def _sum_warped(source: _Source, flat: Tensor, track: Tensor, coefficients: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
