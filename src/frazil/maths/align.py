@@ -4,10 +4,11 @@ With A_pf the whitened transform of patch p in frame f after shifts s_pf, h_f(k)
 
     R_p = Σ_f h_f A_pf,    n = Σ_f h_f²,    log p(A | s) = Σ_p Σ_k  s |R_p|² / (1 + s n)  + const
 
-(the unknown image, Gaussian with power s, integrated out). s(k) comes from the movie: Re ⟨h_f A_f* (R − h_f A_f)⟩ = s h_f² (n − h_f²),
-which
-noise does not bias. The shifts are s_pf = g_f + B_pf c: a free track g with a Gaussian prior on its second differences and local motion on
-smooth terms B with a ridge. Newton steps use the expected information; the two prior widths maximise the evidence in its quadratic form.
+(the unknown image, Gaussian with power s, integrated out; noise has the power 1: here, where values have it together with their signal, it
+is what the signal leaves). s(k) comes from the movie: Re ⟨h_f A_f* (R − h_f A_f)⟩ = s h_f² (n − h_f²),
+which noise does not bias. The shifts are s_pf = g_f + B_pf c: a free track g with a Gaussian prior on its second differences and local
+motion on smooth terms B with a ridge. Newton steps use the expected information; the two prior widths maximise the evidence in its
+quadratic form.
 """
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ import logging
 import os
 import sys
 import tempfile
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -62,12 +64,22 @@ def threads() -> int:
 
 def numba_threads(numba) -> int:
     """Make Numba follow `threads()`; returns the number it will use (never more than Numba was started with)."""
+    _skip_blas()
     wanted = threads()
     n = min(wanted, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(n)
     if threads() != wanted:  # the first call starts Numba's pool, which sets OpenMP's threads, torch's too, to all there are
         torch.set_num_threads(wanted)
     return n
+
+
+@cache
+def _skip_blas() -> None:
+    """Keep Numba from loading scipy.linalg, 0.1 s, to see whether there is a BLAS: there is, and no kernel of ours calls it."""
+    with suppress(Exception):
+        import numba.np.linalg
+
+        numba.np.linalg.ensure_blas = lambda: None
 
 
 def _refuse_workqueue() -> None:
