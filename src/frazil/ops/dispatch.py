@@ -14,6 +14,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def threads() -> int:
 
 def numba_threads(numba) -> int:
     """Make Numba follow `threads()`; returns the number it will use (never more than Numba was started with)."""
-    _skip_blas()
+    _skip_blas(numba.__name__)
     wanted = threads()
     n = min(wanted, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(n)
@@ -74,12 +75,10 @@ def numba_threads(numba) -> int:
 
 
 @cache
-def _skip_blas() -> None:
+def _skip_blas(numba: str) -> None:
     """Keep Numba from loading scipy.linalg, 0.1 s, to see whether there is a BLAS: there is, and no kernel of ours calls it."""
     with suppress(Exception):
-        import numba.np.linalg
-
-        numba.np.linalg.ensure_blas = lambda: None
+        import_module(f"{numba}.np.linalg").ensure_blas = lambda: None
 
 
 def _refuse_workqueue() -> None:
