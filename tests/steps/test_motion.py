@@ -86,6 +86,10 @@ def test_frames_that_do_not_fit_memory_are_read_again_with_the_same_result(movie
     again = correct_motion(few[1], OPTICS, MotionSettings(dose=6.0, patches=(1, 1), memory=1))
     assert few[1].loads == 3 * few[0].loads
     assert torch.equal(kept.micrograph, again.micrograph) and torch.equal(kept.track, again.track)
+    # Frames that fit by themselves but not with their transforms, which are four times as large here, are not kept either.
+    both = Stack(frames[:4])
+    correct_motion(both, OPTICS, MotionSettings(dose=6.0, patches=(1, 1), memory=frames[:4].numel()))
+    assert both.loads == 3 * few[0].loads
 
 
 def test_identical_frames_add_up(rng: torch.Generator) -> None:

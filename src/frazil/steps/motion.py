@@ -98,6 +98,7 @@ class _Source:
         self.repair: Repair | None = None
         self.kept: list[Tensor] = []
         self.memory = settings.memory
+        self.beside = 0  # bytes of transforms that are kept at the same time
         self.step = max(1, CHUNK_BYTES // (self.height * self.width))
 
     def chunks(self, first_pass: bool = False) -> Iterator[tuple[int, Tensor]]:
@@ -107,8 +108,8 @@ class _Source:
             return
         for start, part in self._loaded():
             if first_pass:
-                keep = part.numel() // len(part) * part.element_size() * self.n <= self.memory
-                if keep:
+                size = part.numel() // len(part) * part.element_size() * self.n
+                if size <= self.memory and size + self.beside <= 2 * self.memory:
                     self.kept.append(part)
             elif self.repair is not None:
                 self.repair.apply_(part, start)
@@ -147,6 +148,8 @@ def correct_motion(
     device = torch.device(device)
     source = _Source(frames, settings, device)
     n, height, width = frames.shape
+    shape = _reduced_shape(source, optics, settings)
+    source.beside = 4 * n * shape[0] * shape[1]
     total, means = _add_up(source)
     observed, notes = usable_frames(means, total)
     flat = torch.ones(height, width, device=device) if gain is None else gain.to(device)
@@ -156,7 +159,7 @@ def correct_motion(
     source.use(Repair.make(bad, level, seed, 4 if settings.wide_repair else 2))
     flat = torch.where(bad, torch.ones_like(flat), flat).contiguous()
     exposure = frame_exposures(n, settings.dose, settings.pre_exposure)
-    reduced = _reduce(source, flat, optics, settings)
+    reduced = _reduce(source, flat, shape)
     seen = reduced if bool(observed.all()) else reduced[observed]
     track, patches_local, fit, starts = _align(seen, exposure[observed], (height, width), optics, settings)
     track, patch_shifts = (spread(values, observed) for values in (track, patches_local[0]))
@@ -202,23 +205,20 @@ def usable_frames(means: Tensor, total: Tensor) -> tuple[Tensor, list[str]]:
 
 def _even_size(share: float, side: int) -> int:
     """Even side, with small prime factors, of a transform cropped to `share` of the frequencies of `side` px."""
-    wanted = math.ceil(share * side / 2) * 2
-    for n in range(wanted, side + 1, 2):
-        rest = n
-        for prime in (2, 3, 5, 7):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return n
-    return side // 2 * 2
+    smooth = (n for n in range(math.ceil(share * side / 2) * 2, side + 1, 2) if 210**16 % n == 0)  # no prime factor beyond 7
+    return next(smooth, side // 2 * 2)
 
 
-def _reduce(source: _Source, flat: Tensor, optics: Optics, settings: MotionSettings) -> Tensor:
-    """(n, h, w//2+1) reduced transforms of the corrected frames: what alignment and power spectra need."""
+def _reduced_shape(source: _Source, optics: Optics, settings: MotionSettings) -> tuple[int, int]:
+    """Rows and columns of the image whose transform holds the frequencies that alignment and power spectra need."""
     share = 2 * min(0.25, optics.pixel_size / settings.finest)
     if settings.spectrum_size:
         share = max(share, min(1.0, optics.pixel_size / SPECTRUM_PIXEL))
-    shape = (_even_size(share, source.height), _even_size(share, source.width))
+    return _even_size(share, source.height), _even_size(share, source.width)
+
+
+def _reduce(source: _Source, flat: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(n, h, w//2+1) reduced transforms of the corrected frames."""
     out = empty_reduced((source.n,), shape, source.device)
     values = torch.empty_like(flat)
     for start, part in source.chunks():
