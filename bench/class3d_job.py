@@ -53,7 +53,7 @@ def main() -> None:
     command = [
         sys.executable, "-m", "frazil", "class3d", args.folder / "particles.star", "--reference", args.folder / "reference.mrc",
         "--classes", args.classes, "--iterations", args.iterations, "--tau-fudge", 4, "--initial-lowpass", 60, "--diameter", 320,
-        "--device", args.device, "--seed", 1, "--output", run,
+        "--no-auto-sampling", "--device", args.device, "--seed", 1, "--output", run,
     ]  # fmt: skip
     start = time.perf_counter()
     here = str(Path(__file__).resolve().parents[1] / "src")

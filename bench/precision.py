@@ -45,7 +45,7 @@ def sets(data: Path | None) -> dict[str, tuple[torch.Tensor, Particles, torch.Te
     made = simulate_classes(n, Optics(4.0, box), 4, Settings(snr=0.05, seed=2))
     zero = torch.zeros(n, 2, dtype=torch.float64)
     unknown = replace(made.particles, rotation=torch.eye(3, dtype=torch.float64).repeat(n, 1, 1), shift=zero, klass=zero[:, 0].long())
-    params = Class3dParams(classes=4, initial_lowpass=40, diameter=190, iterations=8)
+    params = Class3dParams(classes=4, initial_lowpass=40, diameter=190, iterations=8, auto_sampling=False)
     out = {"simulated": (made.images, unknown, made.maps[0].data, 4.0, params)}
     if data is not None:
         from frazil.io.images import StackImages
@@ -56,7 +56,7 @@ def sets(data: Path | None) -> dict[str, tuple[torch.Tensor, Particles, torch.Te
         images = StackImages(table.table["rlnImageName"].tolist(), data / "particles.star", memory_budget=1 << 30)
         reference = read_map(data / "ref.mrc")
         everything = images[torch.arange(len(table.particles))]
-        params = Class3dParams(classes=4, initial_lowpass=40, diameter=200, iterations=8, offset_range=8)
+        params = Class3dParams(classes=4, initial_lowpass=40, diameter=200, iterations=8, offset_range=8, auto_sampling=False)
         out["beta-gal"] = (everything, table.particles, reference.data, reference.pixel_size, params)
     return out
 

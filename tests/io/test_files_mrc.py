@@ -190,6 +190,17 @@ def test_real_maps_and_stacks(shared_data):
     assert float(movie.data.min()) >= 0  # uint16
 
 
+@pytest.mark.parametrize("mode", ["float32", "float16", "int16", "uint16"])
+def test_statistics_in_the_header_are_those_of_the_values(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr("frazil.io.mrc.STATISTICS_BLOCK", 100)  # many blocks
+    values = 1000 + torch.randn(7, 9, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    write_mrc(tmp_path / "x.mrc", values, 1.0, mode)
+    with mrcfile.open(tmp_path / "x.mrc") as file:
+        stored, header = file.data.astype(np.float64), file.header
+        found = [float(header[name]) for name in ("dmin", "dmax", "dmean", "rms")]
+    assert found == pytest.approx([stored.min(), stored.max(), stored.mean(), stored.std()], rel=1e-5)
+
+
 @pytest.mark.parametrize("mode, number", [("int8", 0), ("int16", 1), ("uint16", 6)])
 def test_integer_modes_round_and_refuse_what_does_not_fit(tmp_path, mode, number):
     write_mrc(tmp_path / "m.mrc", np.array([[[0.4, 1.6], [99.5, 100.4]]] * 2, np.float32), 1.0, mode)

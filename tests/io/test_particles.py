@@ -292,6 +292,21 @@ def test_images_open_beside_their_star(tmp_path):
     assert images[torch.tensor([2, 0])][:, 0, 1].tolist() == [2.0, 0.0]
 
 
+def test_names_from_here_find_the_images_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    (tmp_path / "project" / "elsewhere").mkdir()
+    write_stack(tmp_path / "project" / "data" / "s.mrcs", torch.arange(3.0)[:, None, None].expand(3, 12, 12) + torch.eye(12), 1.25)
+    table = read_text(tmp_path / "project" / "data", OLD)
+    monkeypatch.chdir(tmp_path / "project")
+    assert set(name.partition("@")[2] for name in table.from_here().image_names) == {"data/s.mrcs"}  # as RELION writes it
+    write_particles(tmp_path / "project" / "elsewhere" / "out.star", table.from_here())
+    open_images(read_particles(tmp_path / "project" / "elsewhere" / "out.star")).check()
+    monkeypatch.chdir(tmp_path)
+    open_images(read_particles(tmp_path / "project" / "elsewhere" / "out.star")).check()  # the project is above the file
+    monkeypatch.chdir(tmp_path / "project" / "elsewhere")
+    assert table.from_here().image_names[0].partition("@")[2] == str(tmp_path / "project" / "data" / "s.mrcs")
+
+
 def simulated(n=4):
     from frazil.data import Optics, Particles
 

@@ -16,7 +16,7 @@ from tests.jobs.refining import LOW, density, iterations, nothing_half_written, 
 import frazil.steps.classify as step
 from frazil.cli import main
 from frazil.io.mrc import write_mrc
-from frazil.io.particles import read_particles
+from frazil.io.particles import open_images, read_particles
 from frazil.io.star import read_star, write_star
 from frazil.jobs.class_report import class_report
 from frazil.jobs.classify_files import read_classification
@@ -66,6 +66,10 @@ class TestFiles:
         assert {"run_data.star", "checkpoint.pt", "events.jsonl", "job.json", "RELION_JOB_EXIT_SUCCESS"} <= names
         assert nothing_half_written(finished) and read_json(finished / "state.json")["state"] == "done"
         assert (finished / "run_data.star").read_text() == (finished / f"run_it{LAST:03d}_data.star").read_text()
+
+    def test_the_images_are_found_from_what_was_written(self, finished):
+        """The names in the input are relative to its folder; the output lies elsewhere."""
+        open_images(read_particles(finished / "run_data.star")).check()
 
     def test_the_model_says_what_the_maps_are(self, finished):
         model, event = read_star(finished / f"run_it{LAST:03d}_model.star"), iterations(finished)[-1]
@@ -123,7 +127,7 @@ class TestClasses:
         out = classify(data, tmp_path / "run", "--reference", data / "references.star", "--iterations", 3, "--no-firstiter-cc",
                        "--healpix-order", 2, without=("--classes",))  # fmt: skip
         particles = read_star(out / "run_data.star")["particles"]
-        kind = np.where(particles["rlnImageName"].str.contains("@a/"), 1, 2)
+        kind = np.where(particles["rlnImageName"].str.contains("/a/"), 1, 2)
         assert (particles["rlnClassNumber"] == kind).mean() > 0.9
         model = read_star(out / "run_it003_model.star")["model_classes"]
         assert (model["rlnClassDistribution"] - 0.5).abs().max() < 0.1
@@ -133,7 +137,7 @@ class TestClasses:
         out = classify(data, tmp_path / "run", "--reference", data / "references.star", "--iterations", 2, "--no-firstiter-cc",
                        "--skip-align", star="poses.star", without=("--classes",))  # fmt: skip
         particles, truth = read_star(out / "run_data.star")["particles"], read_star(data / "poses.star")["particles"]
-        kind = np.where(particles["rlnImageName"].str.contains("@a/"), 1, 2)
+        kind = np.where(particles["rlnImageName"].str.contains("/a/"), 1, 2)
         assert (particles["rlnClassNumber"] == kind).mean() > 0.95
         for label in ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst"):
             assert np.abs(particles[label] - truth[label]).max() < 1e-4

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -24,6 +25,16 @@ def test_only_the_newest_of_a_name_is_done():
             writer.newest("checkpoint", lambda i=i: done.append(i))
         gate.set()
     assert done[-1] == 49 and len(done) <= 2
+
+
+def test_the_newest_waits_its_time_but_not_longer_than_the_writer_lives():
+    done = []
+    with Writer() as writer:
+        for i in range(5):
+            writer.newest("checkpoint", lambda i=i: done.append(i), every=3600)
+            time.sleep(0.05)
+        assert done == [0]  # the first at once, those after it within the hour not
+    assert done == [0, 4]
 
 
 def test_the_caller_waits_when_too_much_waits():

@@ -224,6 +224,25 @@ def test_fraction_keeps_all_that_is_significant_and_accounts_for_the_rest(implem
     assert abs(int(short.keep.sum()) - int(long.keep.sum())) <= 0.02 * int(long.keep.sum())
 
 
+@pytest.mark.parametrize("implementation", FAST)
+def test_most_keeps_the_largest_and_accounts_for_the_rest(implementation: str, rng: torch.Generator) -> None:
+    h, b, p, shifts, most = 150, 3, 11, 3, 40
+    args = dense(rng, h, b, p, shifts)
+    args[1], args[0] = args[1] * 0.3, args[0] * 0.7  # flat: hundreds of hypotheses matter
+    everything = candidates(*args, implementation="reference")
+    exact = candidates(*args, fraction=0.9999, most=most, implementation="reference")
+    assert torch.bincount(exact.image).tolist() == [most] * b
+    found = candidates(*place(implementation, *args), fraction=0.9999, most=most, implementation=implementation)
+    want, have = (~table(x, b, h, shifts).isnan() for x in (exact, found))
+    assert bool((have | ~want).all()), "one of the largest is missing"
+    assert int(have.sum()) < 1.5 * int(want.sum())
+    weight = (table(everything, b, h, shifts) - everything.best[:, None, None]).exp().nan_to_num(0)
+    for c, listed in ((exact, want), (found, have)):
+        rest = (weight * ~listed).sum((1, 2))
+        assert bool((rest > 1e-3).all())
+        torch.testing.assert_close(c.left_out.cpu(), rest, rtol=1e-9 if c is exact else 0.11, atol=0)
+
+
 def naive(image: torch.Tensor, value: torch.Tensor, n: int, fraction: float) -> tuple[list, list, list, list]:
     """Sort, sum until the fraction is reached, include ties."""
     keep, norm, best, pmax = [False] * len(value), [], [], []

@@ -44,8 +44,7 @@ def test_power_of_a_gaussian_blob_is_that_of_its_transform():
     line = torch.arange(BOX, dtype=torch.float64) - BOX // 2
     r2 = line[:, None, None] ** 2 + line[None, :, None] ** 2 + line**2
     blob = torch.exp(-r2 / (2 * s**2))
-    # The map is divided by the interpolation's sinc² before it is transformed: multiply it here.
-    found = reference_power((blob * sinc2(BOX, PAD, dtype=torch.float64))[None], BOX, ENGINE)[0]
+    found = reference_power(padded_ft(blob, PAD, BOX // 2)[None], BOX, PAD)[0]
     axis = torch.arange(-BOX, BOX + 1, dtype=torch.float64) / PAD
     k2 = (axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis[BOX:] ** 2).flatten()
     amplitude = (2 * math.pi) ** 1.5 * s**3 / BOX**2 * torch.exp(-2 * math.pi**2 * s**2 * k2 / BOX**2)
@@ -56,7 +55,8 @@ def test_power_of_a_gaussian_blob_is_that_of_its_transform():
 
 def test_power_stops_at_the_window():
     rng = torch.Generator().manual_seed(3)
-    found = reference_power(torch.randn(2, BOX, BOX, BOX, generator=rng, dtype=torch.float64), 8, ENGINE)
+    maps = torch.randn(2, BOX, BOX, BOX, generator=rng, dtype=torch.float64)
+    found = reference_power(torch.stack([padded_ft(x, PAD, 4) for x in maps]), BOX, PAD)
     assert found.shape == (2, BOX // 2 + 1)
     assert (found[:, :5] > 0).all() and (found[:, 5:] == 0).all()
 
@@ -122,3 +122,27 @@ def test_reconstruction_returns_the_map_and_zeros_for_a_class_without_particles(
     assert made.maps[1].abs().max() == 0 and made.data_vs_prior[1].abs().max() == 0
     assert made.coverage[0][:6].min() == 1 and made.coverage[1].max() == 0
     assert made.sigma2_map[0][2] == pytest.approx(1 / (8 * 1e6), rel=0.2)  # the plane x = 0 has twice the weight
+
+
+def test_maps_filtered_alike_do_not_depend_on_the_number_of_particles():
+    line = torch.arange(BOX, dtype=torch.float64) - BOX // 2
+    r2 = line[:, None, None] ** 2 + line[None, :, None] ** 2 + line**2
+    ft = padded_ft(torch.exp(-r2 / 0.6) * sinc2(BOX, PAD, dtype=torch.float64), PAD, BOX // 2)
+    many, few, tau2 = 3.0, 1.0, 0.25 / PAD**3  # κ τ² W of the order of 1: filtering shows
+
+    def made(alike: bool, numbers: list[float]) -> torch.Tensor:
+        weight = torch.stack([torch.full(ft.shape, n, dtype=torch.float64) for n in numbers])
+        k = len(numbers)
+        sums = Statistics(
+            ft * weight, weight, (), torch.zeros(0), torch.zeros(k, 1), 0.0, torch.zeros(k, 2), torch.zeros(1), torch.zeros(1), 0.0, 0.0,
+            0.0, 1,
+        )  # fmt: skip
+        spectrum = torch.full((k, BOX // 2 + 1), tau2, dtype=torch.float64)
+        return reconstruct_classes(sums, spectrum, "C1", BOX, ENGINE, "cpu", alike=alike).maps
+
+    own, same = made(False, [many, few]), made(True, [many, few])
+    assert float(own[1].abs().max()) < 0.9 * float(own[0].abs().max())
+    torch.testing.assert_close(same[0], same[1], rtol=1e-9, atol=1e-9 * float(same.abs().max()))
+    typical = (many**2 + few**2) / (many + few)  # the weight in the class of the mean particle
+    torch.testing.assert_close(same[0], made(False, [typical])[0], rtol=1e-6, atol=1e-6 * float(same.abs().max()))
+    assert made(True, [many, 0.0])[1].abs().max() == 0

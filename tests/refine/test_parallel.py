@@ -37,7 +37,7 @@ def poses(index: torch.Tensor) -> Poses:
 def model(rank: int) -> Model:
     """A model that differs between the processes."""
     x = torch.full((2, 3), float(rank), dtype=torch.float64)
-    maps = x[:, None, None, :].expand(2, 3, 3, 3)
+    maps = x[:, None, None, :].repeat(1, 3, 3, 1)
     return Model(maps, 1.0, (x[0],), x[0], float(rank), 1.0, x[:, 0], x, x, x, x[0], x, x, log_likelihood=rank)
 
 
@@ -49,9 +49,14 @@ def work(rank: int, port: int, folder: str) -> None:
     total = world.total(statistics(rank))
     everyone = world.gather(poses(world.share(N)), N)
     same = world.agree(model(rank + 3))
+    but = world.agree(model(rank + 3), but=("maps",))
+    own, added = list(world.own(5)), world.add_up_(torch.tensor([1.0, 10.0 * rank]))
     told = world.tell({"a": 10 * (rank + 1), "b": torch.tensor([rank])})
-    torch.save({"total": vars(total), "poses": vars(everyone), "model": vars(same), "told": told, "world": (world.rank, world.size)},
-               f"{folder}/{rank}.pt")  # fmt: skip
+    found = {
+        "total": vars(total), "poses": vars(everyone), "model": vars(same), "told": told, "but": but.maps, "own": own, "added": added,
+        "world": (world.rank, world.size),
+    }  # fmt: skip
+    torch.save(found, f"{folder}/{rank}.pt")
     leave()
 
 
@@ -64,6 +69,12 @@ def results(tmp_path_factory) -> list[dict]:
         port = s.getsockname()[1]
     mp.spawn(work, (port, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_each_has_its_own_classes_and_maps(results):
+    assert [found["own"] for found in results] == [[0, 2, 4], [1, 3]]
+    assert [float(found["but"].max()) for found in results] == [3.0, 4.0]  # maps are left as they are
+    assert all(found["added"].tolist() == [2.0, 10.0] for found in results)
 
 
 def test_sums_of_all_processes_are_on_each(results):

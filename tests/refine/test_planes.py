@@ -107,7 +107,7 @@ def test_signal_power_of_white_images(rng):
     v = 4.0
     images = v**0.5 * torch.randn(400, N, N, dtype=torch.float64, generator=rng)
     correction = planes.interpolation(N, ENGINE)
-    power = planes.plane_power(images * correction, N, ENGINE).mean(0)
+    power = planes.plane_power(planes.reference_planes(images * correction, N, ENGINE), N, ENGINE.pad).mean(0)
     assert torch.allclose(power[1:-1], torch.full_like(power[1:-1], v / (2 * N**2)), rtol=0.1)
 
 

@@ -10,10 +10,11 @@ import frazil.steps.classify as step
 from frazil.data import Optics
 from frazil.maths.rotation import rotation_angle
 from frazil.maths.symmetry import operators
+from frazil.refine.convergence import Progress
 from frazil.refine.sampling import Sampling
 from frazil.simulate.classes import ClassSet, simulate_classes
 from frazil.simulate.particles import Settings
-from frazil.steps.class3d import FORM, Class3dParams, coarser_sampling
+from frazil.steps.class3d import FORM, Class3dParams, coarser_sampling, scheduled_order
 from frazil.steps.classify import ClassifyJob, ClassifyState, classify, initial_state, iterate, make_engine, reseeded
 
 BOX, PIXEL, COUNT = 24, 6.0, 60
@@ -243,3 +244,29 @@ def test_the_same_seed_gives_the_same_result(made):
         results.append(state)
     assert torch.equal(results[0].model.maps, results[1].model.maps) and torch.equal(results[0].poses.klass, results[1].poses.klass)
     assert results[0].progress == results[1].progress
+
+
+def test_auto_sampling_goes_finer_while_steps_are_coarser_than_the_accuracy():
+    params = Class3dParams(healpix_order=2, offset_range=5, offset_step=2, iterations=25)
+    last, orders = params.sampling(2.0), []
+    for iteration in range(1, 26):
+        known = Progress(iteration, 20, accuracy_rotation=1.0, accuracy_shift=1.0, change_shift=1.0)
+        last = params.next_sampling(known, last, 128, 2.0)
+        orders.append(last.order)
+        assert (last.sigma is None) == (last.order == 2)
+    assert orders == [2] * 6 + [4] * 8 + [5] * 11
+    assert last.sigma == pytest.approx(2 * last.step) and last.offset_step < 4.0
+    # 3.75 degrees (1.9 oversampled) suffice for an accuracy of 2; nothing is finer where it is not known, or not wished.
+    four, two = replace(params.sampling(2.0), order=4, sigma=3.75), params.sampling(2.0)
+    late = replace(known, iteration=20, accuracy_rotation=2.0)
+    assert params.next_sampling(late, four, 128, 2.0) == four
+    assert params.next_sampling(late, two, 128, 2.0).order == 5  # straight there, as when it was continued late
+    assert params.next_sampling(replace(late, accuracy_rotation=999.0), two, 128, 2.0) == two
+    for given in ({"auto_sampling": False}, {"skip_align": True}, {"sigma_ang": 5.0}):
+        other = params.model_copy(update=given)
+        assert other.next_sampling(late, other.sampling(2.0), 128, 2.0) == other.sampling(2.0)
+
+
+def test_few_iterations_keep_the_first_grid():
+    assert [scheduled_order(i, 6, 2) for i in range(1, 7)] == [2] * 6
+    assert [scheduled_order(i, 60, 4) for i in (15, 16, 35, 36)] == [4, 5, 5, 6]

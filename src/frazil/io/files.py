@@ -49,6 +49,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def below_here(path: Path) -> Path:
+    """A path as RELION writes it: from the current folder where it is below that, else in full."""
+    full = path.resolve()
+    return full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Write a whole file atomically; BadInput as in atomic_path."""
     with atomic_path(path) as tmp, open(tmp, "wb") as file:

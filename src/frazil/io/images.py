@@ -10,7 +10,7 @@ Consecutive images of a stack are one scattered read (preadv), and stacks are re
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from frazil.data import BadInput, Images
-from frazil.io.files import why
+from frazil.io.files import below_here, why
 from frazil.io.mrc import MrcHeader, read_header, write_mrc
 
 _IMAGES_A_TASK = 128  # far below the 1024 buffers one preadv takes
@@ -40,6 +40,20 @@ def find_stack(stack: str, star: str | os.PathLike[str] | None = None, root: str
     writes paths relative to the project, which is one of those.
     """
     return next((folder / stack for folder in _folders(star, root) if (folder / stack).is_file()), None)
+
+
+def usable_names(names: Iterable[str], star: str | os.PathLike[str] | None) -> list[str]:
+    """Image names that are found from the current folder too: as they are where they are, else with the path to where they were found."""
+    known: dict[str, str] = {}
+
+    def usable(name: str) -> str:
+        number, mark, stack = name.rpartition("@")
+        if stack not in known:
+            found = None if Path(stack).is_file() else find_stack(stack, star)
+            known[stack] = stack if found is None else str(below_here(found))
+        return f"{number}{mark}{known[stack]}"
+
+    return [usable(name) for name in names]
 
 
 def _folders(star: str | os.PathLike[str] | None, root: str | os.PathLike[str] | None) -> list[Path]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from frazil.data import BadInput, Optics, Particles
-from frazil.io.images import StackImages, find_stack, split_image_name
+from frazil.io.images import StackImages, find_stack, split_image_name, usable_names
 from frazil.io.mrc import read_header
 from frazil.io.star import Block, Star, first_table, read_star, write_star
 
@@ -55,6 +55,12 @@ class ParticleSet:
     def __getitem__(self, index: Tensor) -> ParticleSet:
         """The rows at `index` (int64 or bool tensor), particles and table alike."""
         return replace(self, table=self.table.iloc[index.cpu().numpy()].reset_index(drop=True), particles=self.particles[index])
+
+    def from_here(self) -> ParticleSet:
+        """The set with image names that are found from the current folder too, so that files written anywhere can be read again."""
+        if "rlnImageName" not in self.table:
+            return self
+        return replace(self, table=self.table.assign(rlnImageName=usable_names(self.image_names, self.path)))
 
     @property
     def image_names(self) -> list[str]:

@@ -32,7 +32,7 @@ WARM = 2  # iterations before the timed ones: cross-correlation, random classes
 PHASES = {
     "windows": ("windows",), "coarse": ("coarse slices", "coarse products", "thresholds"),
     "fine": ("fine slices", "fine products", "posterior"), "sums": ("sums",), "insertion": ("insertion",),
-    "statistics": ("statistics", "reference", "neighbours"), "M-step": ("M-step",),
+    "statistics": ("statistics", "neighbours"), "reference": ("reference",), "accuracies": ("accuracies",), "M-step": ("M-step",),
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ class Class3dBench(BaseModel):
     healpix_order: int = Field(2, ge=0, le=5, description="HEALPix order of the coarse grid; standard: 2")
     offset_range: float = Field(5, gt=0, description="range of the shift search; standard: 5", json_schema_extra={"unit": "px"})
     offset_step: float = Field(2, gt=0, description="its coarse step; standard: 2", json_schema_extra={"unit": "px"})
+    auto_sampling: bool = Field(False, description="finer, local searches after a quarter of the iterations; standard: no")
     snr: float = Field(0.03, gt=0, description="signal to noise of the images, whole box")
     device: str = Field("auto", description="where to compute: auto, cpu, cuda, cuda:1, …; under torchrun each process takes its own GPU")
     gpu_memory: str | None = Field(None, description="memory to use at most, such as 4GB")
@@ -134,7 +135,7 @@ def prepare(params: Class3dBench, made: ClassSet, device: str, world: World, pix
     wanted = Class3dParams(
         classes=params.classes, iterations=params.iterations, tau_fudge=4, initial_lowpass=60,
         diameter=320 / (360 * 1.34) * params.box * pixel_size, healpix_order=params.healpix_order, offset_range=params.offset_range,
-        offset_step=params.offset_step,
+        offset_step=params.offset_step, auto_sampling=params.auto_sampling,
     )  # fmt: skip
     budget, images = parse_memory(params.gpu_memory), made.images
     if device.startswith("cuda"):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -80,8 +81,8 @@ def write_maps(folder: Path, root: str, state: ClassifyState) -> list[str]:
             write_mrc(folder / "run_unmasked_classes.mrcs", state.unmasked.float(), a, stack=True)
         return [f"{k + 1:06d}@{stack}" for k in range(len(maps))]
     files = [folder / f"{root}_class{k + 1:03d}.mrc" for k in range(len(maps))]
-    for file, density in zip(files, maps, strict=True):
-        write_mrc(file, density, a)
+    with ThreadPoolExecutor(8) as pool:  # gigabytes an iteration where boxes are large
+        list(pool.map(lambda file, density: write_mrc(file, density, a), files, maps))
     return [str(file) for file in files]
 
 
@@ -155,7 +156,7 @@ def read_classification(optimiser: Path, folder: Path) -> tuple[ClassifyState, P
     find = lambda label: beside(optimiser, folder, general[label])  # noqa: E731
     model = read_model(find("rlnModelStarFile"), folder)
     star = dict(read_star(find("rlnModelStarFile"))["model_general"])
-    table = read_particles(find("rlnExperimentalDataStarFile"))
+    table = read_particles(find("rlnExperimentalDataStarFile")).from_here()
     sampling = read_sampling(find("rlnOrientSamplingStarFile"), int(general["rlnAdaptiveOversampleOrder"]))
     if int(star["rlnOrientationalPriorMode"]):
         sampling = replace(sampling, sigma=float(star["rlnSigmaPriorRotAngle"]))

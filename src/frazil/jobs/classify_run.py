@@ -23,6 +23,8 @@ from frazil.refine.residence import resident
 from frazil.refine.windows import Engine
 from frazil.steps.classify import UNKNOWN, ClassifyJob, ClassifyParams, ClassifyState, classify
 
+CHECKPOINT_SECONDS = 30.0  # between checkpoints: where iterations take less, those in between are not worth the gigabytes
+
 
 class DeviceLost(RuntimeError):
     """The GPU stopped working in the middle of a run; what was written stands."""
@@ -115,7 +117,7 @@ def run_iterations(
                 copy, last = host_copy(state), number == params.iterations
                 if last or (write_every and number % write_every == 0):
                     writer.do(lambda copy=copy, last=last: write_iteration(out, copy(), last=last))
-                writer.newest("checkpoint", lambda copy=copy: run.save_checkpoint({**pack(copy()), "budget": budget}))
+                writer.newest("checkpoint", lambda copy=copy: run.save_checkpoint({**pack(copy()), "budget": budget}), CHECKPOINT_SECONDS)
             run.check_stop()
     return state
 
@@ -162,7 +164,7 @@ def continued(params: Any, dims: int) -> tuple[ClassifyState, ParticleSet, Any, 
         raise BadInput(f"{path}: is of a {5 - dims}D classification; `frazil class{5 - dims}d` continues it")
     if params.particles is not None:
         given = read_table(params.particles)
-        i, _ = match_by_image_name(given, table)
+        i, _ = match_by_image_name(names_in_full(given), names_in_full(table))
         if len(i) != len(given) or len(given) != len(table):
             held = f"{len(i)} of its {len(given)} particles are among the {len(table)}"
             raise BadInput(f"{params.particles}: {held} of {path}; leave it out to go on with those")
@@ -178,6 +180,12 @@ def continued(params: Any, dims: int) -> tuple[ClassifyState, ParticleSet, Any, 
     return state, table, params, general
 
 
+def names_in_full(table: ParticleSet) -> list[str]:
+    """Image names with the full path of the stack, by which sets written from other folders can be compared."""
+    split = (name.rpartition("@") for name in table.image_names)
+    return [f"{number or 1}@{Path(stack).absolute()}" for number, _, stack in split]
+
+
 def kept_settings(params: ClassifyParams, general: dict[str, str], model: Path, sampling: Path, pixel_size: float) -> dict[str, Any]:
     """Parameters as the files of an iteration have them, for those the user did not give (spec 8.6)."""
     m, s = dict(read_star(model)["model_general"]), dict(read_star(sampling)["sampling_general"])
@@ -185,6 +193,8 @@ def kept_settings(params: ClassifyParams, general: dict[str, str], model: Path, 
     flag = lambda label, default: bool(int(number(label, default)))  # noqa: E731
     first = lambda label, default: float(s.get(f"{label}Original", s.get(label, default)))  # noqa: E731
     strict = number("rlnHighresLimitExpectation", -1)
+    # Local searches at a finer order than the run began with are the doing of --auto-sampling, which then goes on by itself.
+    local = int(m["rlnOrientationalPriorMode"]) and int(s.get("rlnHealpixOrder", 0)) <= int(first("rlnHealpixOrder", 2))
     found: dict[str, Any] = {
         "iterations": int(number("rlnNumberOfIterations", 25)), "tau_fudge": float(m["rlnTau2FudgeFactor"]),
         "pad": float(m["rlnPaddingFactor"]), "diameter": number("rlnParticleDiameter", -1), "mask_edge": number("rlnWidthMaskEdge", 5),
@@ -197,7 +207,7 @@ def kept_settings(params: ClassifyParams, general: dict[str, str], model: Path, 
         "strict_highres": strict if strict > 0 else None, "perturb": float(s["rlnSamplingPerturbFactor"]),
         "offset_range": first("rlnOffsetRange", 0) / pixel_size, "offset_step": first("rlnOffsetStep", 0) / pixel_size,
         "healpix_order": int(first("rlnHealpixOrder", 2)), "symmetry": str(s.get("rlnSymmetryGroup", "C1")),
-        "sigma_ang": float(m["rlnSigmaPriorRotAngle"]) if int(m["rlnOrientationalPriorMode"]) else None,
+        "sigma_ang": float(m["rlnSigmaPriorRotAngle"]) if local else None,
         "psi_step": first("rlnPsiStep", 12),
         "mask": path_or_none(general.get("rlnSolventMaskName")), "mask2": path_or_none(general.get("rlnSolventMask2Name")),
     }  # fmt: skip

@@ -36,8 +36,8 @@ def check_diameter(value: float) -> float:
 
 
 def read_table(path: Path) -> ParticleSet:
-    """A table of particles with CTF whose boxes are even; raises BadInput for others."""
-    table = read_particles(path)
+    """A table of particles with CTF whose boxes are even, its image names such that outputs find them; raises BadInput for others."""
+    table = read_particles(path).from_here()
     if not table.has_ctf:
         raise BadInput(f"{path}: label _rlnDefocusU is missing: refinement needs the CTF of every particle; estimate it first")
     for g in table.particles.group.unique().tolist():

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from frazil.data import BadInput
+from frazil.io.files import below_here
 from frazil.io.images import find_stack, split_image_name
 from frazil.io.mrc import read_header, read_mrc
 from frazil.io.star import Star, read_star, write_star
 from frazil.jobs.plots import Array, new_figure, styled
-from frazil.jobs.select_tables import below_here
 from frazil.maths.class_features import NAMES, ClassFacts, class_features
 from frazil.steps.rank import rank, reasons
 

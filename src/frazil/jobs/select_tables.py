@@ -12,7 +12,7 @@ from torch import Tensor
 
 from frazil.data import BadInput
 from frazil.io.coordinates import NAME, SCORE, X, Y
-from frazil.io.images import find_stack
+from frazil.io.images import usable_names
 from frazil.io.particles import ORIGINS, read_particles
 from frazil.io.star import Block, read_star, write_star
 from frazil.steps.select import join_optics
@@ -132,7 +132,7 @@ def join_tables(tables: Sequence[Table]) -> Joined:
     if dropped := sorted({label for r in rows for label in r.columns} - set(labels)):
         warnings.append(f"columns that not all files have are left out: {', '.join(dropped)}")
     if first.kind == "particles":
-        rows = [r.assign(**{IMAGE: usable_names(pd.Series(r[IMAGE]), t.path)}) for t, r in zip(tables, rows, strict=True)]
+        rows = [r.assign(**{IMAGE: usable_names(r[IMAGE], t.path)}) for t, r in zip(tables, rows, strict=True)]
     table = pd.concat([r.loc[:, labels] for r in rows], ignore_index=True)
     copies = table.duplicated(KINDS[first.kind])
     if bool(copies.any()):
@@ -169,31 +169,11 @@ def common_columns(rows: list[dict[str, str]], notes: list[str]) -> tuple[pd.Dat
     return pd.DataFrame([{label: row[label] for label in labels} for row in rows], dtype="str"), lines
 
 
-def usable_names(names: pd.Series, star: Path) -> pd.Series:
-    """Image names that are found from the current folder too: as they are where they are, else with the path to where they were found."""
-    known: dict[str, str] = {}
-
-    def usable(name: str) -> str:
-        number, mark, stack = name.rpartition("@")
-        if stack not in known:
-            found = None if Path(stack).is_file() else find_stack(stack, star)
-            known[stack] = stack if found is None else str(below_here(found))
-        return f"{number}{mark}{known[stack]}"
-
-    return pd.Series([usable(name) for name in names], dtype="str", index=names.index)
-
-
-def below_here(path: Path) -> Path:
-    """A path as RELION writes it: from the current folder where it is below that, else in full."""
-    full = path.resolve()
-    return full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full
-
-
 def write_table(path: Path, table: Table) -> None:
     """The table as STAR; image names are such that they are found from the current folder."""
     rows = table.rows
     if table.kind == "particles":
-        rows = rows.assign(**{IMAGE: usable_names(pd.Series(rows[IMAGE]), table.path)})
+        rows = rows.assign(**{IMAGE: usable_names(rows[IMAGE], table.path)})
     blocks: dict[str, Block] = {"optics": table.optics} if len(table.optics) else {}
     write_star(path, blocks | {table.kind: rows} | table.blocks)
 

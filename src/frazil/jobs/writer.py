@@ -3,13 +3,14 @@
     with Writer() as writer:
         for state in …:
             writer.do(lambda state=state: write_iteration(state))          # every one of these is done, in order
-            writer.newest("checkpoint", lambda state=state: save(state))   # one that has not begun yet is replaced by the next
+            writer.newest("checkpoint", lambda state=state: save(state))   # done when nothing else waits; the next one replaces it
                                                                            # leaving waits for all that is left
 A failure (a full disk) is raised by the next call, or on leaving.
 """
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -18,10 +19,12 @@ class Writer:
     """See the module's docstring. `most`: pieces of work that may wait before `do` waits too (they hold maps in memory)."""
 
     def __init__(self, most: int = 2) -> None:
-        self._most, self._work, self._error = most, list[tuple[str, Callable[[], object]]](), None
+        self._most, self._work, self._error = most, list[Callable[[], object]](), None
+        self._newest: dict[str, tuple[Callable[[], object], float]] = {}  # by name: work, and the time before which it need not be done
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="frazil-writer", daemon=True)
+        self._done: dict[str, float] = {}
 
     def __enter__(self) -> Writer:
         self._thread.start()
@@ -38,38 +41,49 @@ class Writer:
 
     def do(self, work: Callable[[], object]) -> None:
         """Have `work` done after all that waits already."""
-        self._put("", work)
-
-    def newest(self, name: str, work: Callable[[], object]) -> None:
-        """Have `work` done, unless more work of that name is given before it has begun."""
-        self._put(name, work)
-
-    def _put(self, name: str, work: Callable[[], object]) -> None:
         self._raise()
         with self._changed:
-            if name:
-                self._work = [item for item in self._work if item[0] != name]
             self._changed.wait_for(lambda: len(self._work) < self._most or self._error is not None)
             self._raise()
-            self._work.append((name, work))
+            self._work.append(work)
+            self._changed.notify_all()
+
+    def newest(self, name: str, work: Callable[[], object], every: float = 0.0) -> None:
+        """Have `work` done when nothing else waits, unless more work of that name is given before. Does not wait.
+
+        every: seconds that should lie between two of that name (on leaving, the last is done at once).
+        """
+        self._raise()
+        with self._changed:
+            self._newest[name] = work, self._done.get(name, -float("inf")) + every
             self._changed.notify_all()
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
+    def _next(self) -> tuple[str, Callable[[], object]] | None:
+        """What to do now (a name where it is a newest one); None: wait."""
+        if self._work:
+            return "", self._work.pop(0)
+        ready = [name for name, (_, due) in self._newest.items() if self._closed or due <= time.monotonic()]
+        return (ready[0], self._newest.pop(ready[0])[0]) if ready else None
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._work or self._closed)
-                if not self._work:
-                    return
-                _, work = self._work.pop(0)
+                while (item := self._next()) is None:
+                    if self._closed:
+                        return
+                    first = min((due for _, due in self._newest.values()), default=None)
+                    self._changed.wait(None if first is None else max(0.0, first - time.monotonic()))
                 self._changed.notify_all()
             try:
-                work()
+                item[1]()
             except BaseException as error:
                 with self._changed:
-                    self._error, self._work = error, []
+                    self._error, self._work, self._newest = error, [], {}
                     self._changed.notify_all()
                 return
+            if item[0]:
+                self._done[item[0]] = time.monotonic()

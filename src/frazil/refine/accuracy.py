@@ -48,17 +48,21 @@ def expected_accuracy(
 
 
 def expected_accuracies(
-    particles: Particles, model: Model, classes: Tensor, engine: Engine, size: int, generator: torch.Generator
-) -> Tensor:
+    particles: Particles, model: Model, classes: Tensor, engine: Engine, size: int, generator: torch.Generator,
+    volumes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """(k, 2) float64 expected error of rotation (degrees) and shift (Å) of classes (k,), mean over `particles` at their present poses.
 
     For each particle one of rot, tilt, psi (2D classes: psi) and one of x, y is drawn; the squared difference of CTF-modulated slices
-    over 2σ² is followed up a ladder of errors to ln 100. 2D classes are all compared at once, maps one after another.
+    over 2σ² is followed up a ladder of errors to ln 100. 2D classes are all compared at once, maps one after another. volumes:
+    `reference_volumes` of `classes`, for this window or a larger one, where they are made already.
     """
     if model.maps.ndim == 4 and len(classes) > 1:
-        each = (expected_accuracies(particles, model, k, engine, size, generator) for k in classes.split(1))
+        parts = [None] * len(classes) if volumes is None else volumes.split(1)
+        each = (expected_accuracies(particles, model, k, engine, size, generator, v) for k, v in zip(classes.split(1), parts, strict=True))
         return torch.cat(list(each))
-    volumes = reference_volumes(replace(model, maps=model.maps[classes.to(model.maps.device)]), size, engine)
+    if volumes is None:
+        volumes = reference_volumes(replace(model, maps=model.maps[classes.to(model.maps.device)]), size, engine)
     errors = []
     for g, optics in enumerate(particles.optics):
         index = torch.nonzero(particles.group == g)[:, 0]

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from frazil.maths.fourier import padded_ft
-from frazil.maths.gridding import sinc2
 from frazil.refine.maximization import MIN_SHELL, make_finish, map_variance, prepare_sums_, reconstruct, shell_means
 from frazil.refine.model import Model, Statistics
+from frazil.refine.parallel import World
 from frazil.refine.windows import Engine
 
 BY_CLASS = ("maps", "pdf_class", "pdf_direction", "tau2", "data_vs_prior", "sigma2_map", "coverage", "prior_offset")
@@ -29,15 +28,9 @@ class Reconstruction:
     coverage: Tensor  # (K, N/2+1) float64
 
 
-def reference_power(maps: Tensor, size: int, engine: Engine) -> Tensor:
-    """(K, N/2+1) float64 signal variance τ² of maps (K, N, N, N), up to the window `size`, as the E-step sees them (spec 3.3a)."""
-    box = maps.shape[-1]
-    correction = sinc2(box, engine.pad, device=engine.device, dtype=engine.dtype)
-    out = []
-    for volume in maps:
-        ft = padded_ft(volume.to(correction) / correction, engine.pad, size // 2)
-        out.append(0.5 * shell_means(ft.real.square() + ft.imag.square(), engine.pad, box // 2 + 1))
-    return torch.stack(out)
+def reference_power(volumes: Tensor, box: int, pad: float) -> Tensor:
+    """(K, N/2+1) float64 signal variance τ² of the half volumes (K, …) the E-step sees (spec 3.3a)."""
+    return torch.stack([0.5 * shell_means(ft.real.square() + ft.imag.square(), pad, box // 2 + 1) for ft in volumes])
 
 
 def first_data_vs_prior(tau2: Tensor, sigma2: Tensor, particles: Tensor) -> Tensor:
@@ -46,23 +39,42 @@ def first_data_vs_prior(tau2: Tensor, sigma2: Tensor, particles: Tensor) -> Tens
     return torch.where(r > 0, particles[:, None] * tau2 / (2 * r.clamp(min=1) * sigma2.mean()), 0)
 
 
-def reconstruct_classes(statistics: Statistics, tau2: Tensor, group: str, box: int, engine: Engine, place: str) -> Reconstruction:
+def filtered_alike(tau2: Tensor, weight: Tensor, pad: float) -> tuple[Tensor, Tensor]:
+    """((K, N/2+1) signal variances that filter every map as the class of a typical particle, their common T·τ²).
+
+    A map is multiplied by κTτ²W/(1 + κTτ²W) when it is made. With its own W the largest of several maps that are alike is weakened least,
+    resembles every particle most, and takes them all within a few iterations. τ²_k = τ²·W̃/W_k, where τ² and W̃ are means over the
+    particles: Σ W_k τ²_k/Σ W_k, Σ W_k²/Σ W_k; weight (K, …) are the half volumes' sums.
+    """
+    w = torch.stack([shell_means(each, pad, tau2.shape[1]) for each in weight]).to(tau2)
+    total = w.sum(0).clamp(min=1e-300)
+    common, typical = (w * tau2).sum(0) / total, w.square().sum(0) / total
+    return torch.where(w > 0, common * typical / w.clamp(min=1e-300), tau2), common.expand(len(tau2), -1)
+
+
+def reconstruct_classes(
+    statistics: Statistics, tau2: Tensor, group: str, box: int, engine: Engine, place: str,
+    *, alike: bool = False, world: World | None = None,
+) -> Reconstruction:  # fmt: skip
     """Maps of all classes from their sums and T·τ² (K, N/2+1), one class in work at a time, the maps on the device `place`.
 
-    A class without weight becomes a map of zeros.
+    alike: all are filtered with the mean of their filters. A class without weight becomes a map of zeros. world: each process makes
+    its `World.own` classes and leaves the maps of the others zeros; the spectra are of all.
     """
+    world = world or World()
     k, pad = len(tau2), engine.pad
+    given, tau2 = filtered_alike(tau2, statistics.weight, pad) if alike and k > 1 else (tau2, tau2)
     maps = torch.zeros(k, box, box, box, dtype=engine.dtype, device=place)
     spectra, finish = torch.zeros(3, k, box // 2 + 1, dtype=torch.float64), None
-    for i in range(k):
+    for i in world.own(k):
         data, weight = prepare_sums_(statistics.data[i], statistics.weight[i], group, engine.implementation)
         spectra[0, i] = data_vs_prior(weight, tau2[i], pad)
         spectra[1, i] = map_variance(weight, pad, box)
         if bool(spectra[1, i].max() > 0):
             finish = finish or make_finish(box, pad, data.device, engine.dtype)
-            density, spectra[2, i] = reconstruct(data, weight, tau2[i], pad, box, engine.dtype, finish)
+            density, spectra[2, i] = reconstruct(data, weight, given[i], pad, box, engine.dtype, finish)
             maps[i] = density.to(place)
-    return Reconstruction(maps, *spectra)
+    return Reconstruction(maps, *world.add_up_(spectra))
 
 
 def data_vs_prior(weight: Tensor, tau2: Tensor, pad: float) -> Tensor:

@@ -127,6 +127,21 @@ def resolution_step(fsc: Tensor, box: int, pixel_size: float, diameter: float) -
     return math.degrees(0.5 * d / (diameter if diameter > 0 else box * pixel_size))
 
 
+def finer_sampling(progress: Progress, sampling: Sampling, order: int, local: bool) -> Sampling:
+    """The grid of a finer order, its shifts as fine as their accuracy asks and as far as they moved (4.5); local: near the last poses."""
+    q = 2**sampling.oversampling
+    step = min(1.5, 0.75 * progress.accuracy_shift) * q
+    reach = max(min(5 * progress.change_shift, 1.3 * sampling.offset_range), 1.5 * step)
+    if reach > 4 * step:
+        reach /= 2
+        if reach > 4 * step:
+            step = reach / 4
+    if step > sampling.offset_step:
+        step, reach = sampling.offset_step, sampling.offset_range
+    finer = replace(sampling, order=order, offset_step=step, offset_range=reach)
+    return replace(finer, sigma=2 * finer.step) if local else finer
+
+
 def next_sampling(
     progress: Progress, sampling: Sampling, local_order: int, maximum_order: int | None = None, enough: float = 0.0
 ) -> tuple[Progress, Sampling, bool]:
@@ -139,19 +154,7 @@ def next_sampling(
     limit = max(0.75 * progress.accuracy_rotation, enough)
     if sampling.step < limit or (maximum_order is not None and sampling.order >= maximum_order):
         return replace(progress, fine_enough=True), sampling, False
-    q = 2**sampling.oversampling
-    step = min(1.5, 0.75 * progress.accuracy_shift) * q
-    reach = max(min(5 * progress.change_shift, 1.3 * sampling.offset_range), 1.5 * step)
-    if reach > 4 * step:
-        reach /= 2
-        if reach > 4 * step:
-            step = reach / 4
-    if step > sampling.offset_step:
-        step, reach = sampling.offset_step, sampling.offset_range
-    order = sampling.order + 1
-    finer = replace(sampling, order=order, offset_step=step, offset_range=reach)
-    if order >= local_order:
-        finer = replace(finer, sigma=2 * finer.step)
+    finer = finer_sampling(progress, sampling, sampling.order + 1, sampling.order + 1 >= local_order)
     reset = replace(progress, fine_enough=False, no_gain=0, no_change=0, smallest_rotation=999.0, smallest_shift=999.0)
     return reset, finer, True
 

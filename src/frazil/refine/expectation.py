@@ -83,6 +83,14 @@ def new_sums(step: Pass, optics: tuple, micrographs: int, dtype: torch.dtype) ->
     )
 
 
+@dataclass(frozen=True)
+class Given:
+    """What an E-step need not find or make."""
+
+    assigned: Tensor | None = None  # (n,) int64: the only class each particle may belong to, −1: any (spec 2.3)
+    volumes: Tensor | None = None  # `reference_volumes` of the model for the window n_c
+
+
 def expectation(
     images: Images,
     particles: Particles,
@@ -91,20 +99,20 @@ def expectation(
     engine: Engine,
     sizes: tuple[int, int],
     *,
-    assigned: Tensor | None = None,
+    given: Given | None = None,
     tick: Callable[[int], None] = lambda done: None,
 ) -> tuple[Statistics, Poses, dict[str, float]]:
     """One E-step over all of `particles` (one half set, or all).
 
-    images[i] are the pixels of particle i; sizes = (n_c, n_0), window sides of the fine and the coarse pass; assigned (n,) int64: the
-    only class each particle may belong to (spec 2.3). `tick` is called with the number of particles done after every batch and may
-    raise to stop.
+    images[i] are the pixels of particle i; sizes = (n_c, n_0), window sides of the fine and the coarse pass.
+    `tick` is called with the number of particles done after every batch and may raise to stop.
     Returns the sums, the poses in the order of `particles`, and seconds by phase.
     """
     clock = Clock(engine.device, engine.timed)
     # All columns go to the device at once: a copy a batch would make the host wait for what is queued before it.
     table, model = particles.to(engine.device), replace(model, scales=model.scales.to(engine.device))
-    step = make_pass(model, grid, engine, sizes, clock)
+    given = given or Given()
+    step = make_pass(model, grid, engine, sizes, clock, given.volumes)
     poses = Poses.empty(len(particles))
     sums: Sums | None = None
     done = lost = 0
@@ -116,7 +124,7 @@ def expectation(
         plan = make_plan(shape_of(step, frame), engine.budget, engine.shrink)
         group = make_group(step, g, frame, plan)
         sums = sums or new_sums(step, particles.optics, len(particles.micrographs), plan.sum_dtype)
-        for index, only in batches(members, assigned, plan.images):
+        for index, only in batches(members, given.assigned, plan.images):
             with clock("windows"):
                 windows = windows_in_parts(images, table, index, frame, model, engine, g, plan.window_images)
                 batch = make_batch(step, group, table, index.to(engine.device), windows)

@@ -62,16 +62,27 @@ class World:
             out.put_(World(rank, self.size).share(n), Poses(**{name: torch.from_numpy(value) for name, value in part.items()}))
         return out
 
-    def agree(self, model: Model) -> Model:
-        """Rank 0's model on every process: the M-step's sums on a GPU are not the same to the last bit twice."""
+    def own(self, n: int) -> range:
+        """The numbers of n classes that this process works on."""
+        return range(self.rank, n, self.size)
+
+    def add_up_(self, value: Tensor) -> Tensor:
+        """Σ over the processes of a contiguous tensor, in place, the same bits on each."""
+        return value if self.size == 1 else _add_up_(value)
+
+    def agree(self, model: Model, *, but: tuple[str, ...] = ()) -> Model:
+        """Rank 0's model on every process: the M-step's sums on a GPU are not the same to the last bit twice.
+
+        but: fields that are the same already.
+        """
         if self.size == 1:
             return model
-        values = {f.name: getattr(model, f.name) for f in fields(model)}
+        values = {f.name: getattr(model, f.name) for f in fields(model) if f.name not in but}
         tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
         for value in tensors.values():
             dist.broadcast(value, 0)
         rest = self.tell({name: value for name, value in values.items() if name not in tensors})
-        return Model(**tensors, **rest)
+        return replace(model, **tensors, **rest)
 
     def tell(self, value: T) -> T:
         """Rank 0's value of a small object (numbers, text, small tensors) on every process."""

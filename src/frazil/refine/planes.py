@@ -29,11 +29,10 @@ def interpolation(box: int, engine: Engine) -> Tensor:
     return sinc2(box, engine.pad, device=engine.device, dtype=engine.dtype, dims=2)
 
 
-def plane_power(maps: Tensor, size: int, engine: Engine) -> Tensor:
-    """(K, N/2+1) float64 signal variance τ² of class averages (K, N, N), up to the window `size`, as the E-step sees them (spec 3.3a)."""
-    ft = reference_planes(maps, size, engine)
-    power = ft.real.square() + ft.imag.square()
-    return 0.5 * shell_means_of_planes(power, engine.pad, maps.shape[-1] // 2 + 1).cpu()
+def plane_power(planes: Tensor, box: int, pad: float) -> Tensor:
+    """(K, N/2+1) float64 signal variance τ² of the half planes (K, 2M+1, M+1) the E-step sees (spec 3.3a)."""
+    power = planes.real.square() + planes.imag.square()
+    return 0.5 * shell_means_of_planes(power, pad, box // 2 + 1).cpu()
 
 
 def reconstruct_planes(statistics: Statistics, tau2: Tensor, box: int, engine: Engine, place: str) -> Reconstruction:

@@ -21,7 +21,7 @@ from frazil.data import Particles
 from frazil.maths.fourier import padded_ft
 from frazil.maths.fourier2d import padded_planes
 from frazil.maths.gridding import sinc2
-from frazil.ops.compare import candidates, compare, significant
+from frazil.ops.compare import candidates, compare
 from frazil.ops.project import project
 from frazil.ops.score import score
 from frazil.refine.model import Model
@@ -30,8 +30,8 @@ from frazil.refine.sampling import Grid, neighbours
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine, Frame, Windows
 
-MARGIN = 20.0  # the list of the coarse pass lacks this much less of the posterior than may be dropped
-SPARE = 1.25  # times max_significant samples an image whose scores are made again in full precision
+MARGIN = 1000.0  # the list of the coarse pass lacks this much less of the posterior than may be dropped
+SPARE = 1.25  # times max_significant samples an image, at least, are listed by the coarse pass where that many matter
 DEPTH = 26.0  # nats below the best: e⁻²⁶ × 10⁶ samples is far under the mass 1 − 0.999 that may be dropped
 
 
@@ -95,10 +95,11 @@ def reference_volumes(model: Model, size: int, engine: Engine) -> Tensor:
     return out
 
 
-def make_pass(model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], clock: Clock) -> Pass:
-    """A pass over a grid with a model; transforms the references."""
-    with clock("reference"):
-        volumes = reference_volumes(model, sizes[0], engine)
+def make_pass(model: Model, grid: Grid, engine: Engine, sizes: tuple[int, int], clock: Clock, volumes: Tensor | None = None) -> Pass:
+    """A pass over a grid with a model; transforms the references, unless their transforms are given."""
+    if volumes is None:
+        with clock("reference"):
+            volumes = reference_volumes(model, sizes[0], engine)
     offset = torch.zeros(1, 2, dtype=torch.float64) if model.prior_offset is None else model.prior_offset
     prior = model.pdf_direction if grid.rotations is None else model.pdf_class[:, None]
     if grid.sampling.sigma is not None:
@@ -171,12 +172,13 @@ def centre_of(step: Pass, klass: Tensor) -> Tensor:
     return step.offset[klass] if len(step.offset) > 1 else step.offset[0]
 
 
-def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, only: int | None) -> tuple[Found, Tensor | None]:
-    """Candidates of the whole coarse grid of all classes (or one), pass 1, and the mass an image's list lacks (None: none that counts).
+def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, only: int | None) -> tuple[Found, Tensor]:
+    """Candidates of the whole coarse grid of all classes (or one), pass 1, and the mass an image's list lacks, relative to its best.
 
-    psi + 180° comes free as the conjugate. Where the slices of all do not fit the memory they are taken in chunks; with a single
-    chunk, samples that cannot be significant are left out at once. The products may be in TF32 or bfloat16, so the values only say
-    what is worth scoring again (`rescored`), and the list is longer than needed: it lacks 1/MARGIN of the mass that may be dropped.
+    psi + 180° comes free as the conjugate. Where the slices of all do not fit the memory they are taken in chunks. Samples that cannot
+    be significant are left out at once. The products may be in TF32 or bfloat16, so the values only say what is worth scoring again
+    (`rescored`), and the list is longer than needed: it lacks 1/MARGIN of the mass that may be dropped. That mass is known to some
+    per cent only, and differently on a CPU and on a GPU: were it larger it would decide which marginal samples count (docs/precision.md).
     """
     grid, engine, a = step.grid, step.engine, group.frame.optics.pixel_size
     h, p = len(group.half), len(group.coarse_phases)
@@ -184,10 +186,9 @@ def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, o
     y, q, phases = y[:, :p], q[:, :p], group.coarse_phases
     shared = shift_prior(step, old[:, None], grid.shifts, step.offset[0] if len(step.offset) == 1 else torch.zeros_like(old[0]), a).to(q)
     y, q, phases = with_class_offsets(step, y, q, phases, old, a)
-    found, left_out = [], None
-    parts = list(coarse_parts(step, group, classes))
-    fraction = 1 - (1 - engine.fraction) / MARGIN if len(parts) == 1 else None
-    for first, some in parts:
+    found, best, left_out = [], [], []
+    most = int(SPARE * engine.max_significant) + 1 if engine.max_significant >= 0 else None
+    for first, some in coarse_parts(step, group, classes):
         with step.clock("coarse products"):
             flat = torch.arange(first, first + len(some), device=old.device)
             klass, o = flat // h, group.half[flat % h]
@@ -196,27 +197,26 @@ def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, o
                 prior = prior - (step.offset[klass].square().sum(-1) / (2 * step.model.sigma_offset**2)).to(prior)
                 some = torch.cat([some, step.offset[klass].to(some).repeat(1, 2)], 1)
             c = candidates(
-                some, y, q, phases, prior.expand(2, -1).contiguous(), shared, depth=DEPTH, fraction=fraction, cc=step.engine.cc,
-                batch=group.plan.score_images(len(some), len(grid.shifts)), implementation=engine.implementation,
+                some, y, q, phases, prior.expand(2, -1).contiguous(), shared, depth=DEPTH, fraction=1 - (1 - engine.fraction) / MARGIN,
+                most=most, cc=step.engine.cc, batch=group.plan.score_images(len(some), len(grid.shifts)),
+                implementation=engine.implementation,
             )  # fmt: skip
-            left_out = c.left_out if fraction is not None else None
             mate, which = c.hypothesis // len(some), c.hypothesis % len(some)
             orientation = o[which] + mate * (grid.n_psi // 2) + klass[which] * grid.orientations
             found.append(Found(c.image, orientation, c.shift, c.value))
-    return _near_best(_join(found), len(y), step.engine.cc), left_out
+            best.append(c.best)
+            left_out.append(c.left_out)
+    top = torch.stack(best)
+    relative = (top - top.amax(0)).double().exp().nan_to_num(0)  # an image all of whose samples are excluded: −inf − −inf
+    return _near_best(_join(found), len(y), step.engine.cc), (torch.stack(left_out) * relative).sum(0)
 
 
 def rescored(step: Pass, group: Group, found: Found, y: Tensor, q: Tensor, old: Tensor) -> tuple[Found, Tensor]:
     """Samples of the coarse pass with their values in full precision, and the logs of their orientation priors.
 
     Which samples are significant then depends on rounding at 1e-6 only: refinements on a CPU and on a GPU stay together (CONVENTIONS).
-    Of the flattest posteriors, SPARE · max_significant samples an image are kept.
     """
     engine, grid, p = step.engine, step.grid, len(group.coarse_phases)
-    if engine.max_significant >= 0 and len(found.image):
-        most = int(SPARE * engine.max_significant) + 1
-        if int(torch.bincount(found.image).max()) > most:
-            found = found[significant(found.image, found.value, len(y), 1.0, most).keep]
     found = found[torch.argsort(found.orientation * len(y) + found.image, stable=True)]
     klass, o = found.orientation // grid.orientations, found.orientation % grid.orientations
     log_orientation = step.log_direction[klass, o // grid.n_psi]

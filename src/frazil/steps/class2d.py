@@ -26,6 +26,7 @@ from frazil.refine.convergence import after_changes, after_classification, chang
 from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Statistics
 from frazil.refine.sampling import Sampling
+from frazil.refine.search import reference_volumes
 from frazil.refine.settings import setting
 from frazil.refine.timing import Clock
 from frazil.refine.windows import make_frame, make_windows
@@ -211,10 +212,9 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
     generator = torch.Generator().manual_seed(job.engine.seed + iteration)
     members = torch.randperm(len(state.particles), generator=generator)[: plan.batch(iteration)].sort().values
     size = window_size(state.progress, model.box)
-    accuracy = state.accuracy
+    accuracy, volumes = state.accuracy, reference_volumes(model, size, job.engine)
     if iteration % 10 == 1:
-        another = torch.Generator().manual_seed(job.engine.seed + iteration)
-        accuracy = job.world.tell(classify.accuracies(job, state, size, another, False) if job.world.rank == 0 else accuracy)
+        accuracy = classify.accuracies(job, state, size, False, (torch.arange(model.classes), volumes))
     best = accuracy.amin(0).tolist()
     sampling = replace(p.sampling(model.pixel_size), instance=state.sampling.instance)
     if not p.skip_align:
@@ -222,7 +222,7 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
     progress = replace(state.progress, iteration=iteration, size=size, accuracy_rotation=best[0], accuracy_shift=best[1])
     progress = replace(progress, coarse_size=classify.coarse_size(job, sampling, model, size))
     before = replace(state, progress=progress, sampling=sampling, accuracy=accuracy)
-    halves, poses, seconds = expect_halves(job, before, members)
+    halves, poses, seconds = expect_halves(job, before, members, volumes)
     new = replace(state.poses, **{name: value.clone() for name, value in vars(state.poses).items()})
     new.put_(members, poses)
     q = state.particles
@@ -232,12 +232,12 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
     after = replace(before, progress=progress, particles=particles, poses=new)
     clock = Clock(job.engine.device)
     with clock("M-step"):
-        after = descend(job, after, halves, particles[members], plan)
+        after = descend(job, after, halves, particles[members], (plan, volumes))
         after = replace(after, model=job.world.agree(after.model))
     return replace(after, seconds=seconds | clock.seconds)
 
 
-def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor):
+def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor, volumes: Tensor):
     """E-step of the mini-batch's particles of even and of odd number apart: (two Statistics of residuals, Poses in order, seconds)."""
     residual = replace(job, engine=replace(job.engine, residual=True))
     statistics, seconds = [], {}
@@ -246,7 +246,7 @@ def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor):
         mine = torch.nonzero(members % 2 == h)[:, 0]
         some = members[mine]
         part = replace(residual, images=_Batch(job.images, some))
-        sums, found, clock = classify.expect(part, replace(state, particles=state.particles[some]), None, False)
+        sums, found, clock = classify.expect(part, replace(state, particles=state.particles[some]), None, False, volumes)
         poses.put_(mine, found)
         statistics.append(sums)
         seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
@@ -254,10 +254,10 @@ def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor):
 
 
 def descend(
-    job: ClassifyJob, state: GradientState, halves: list[Statistics], batch: Particles, plan: gradient.Schedule
+    job: ClassifyJob, state: GradientState, halves: list[Statistics], batch: Particles, step_of: tuple[gradient.Schedule, Tensor]
 ) -> GradientState:
-    """The M-step of a gradient run; `halves` are used up."""
-    p, model, engine, progress = _params(job), state.model, job.engine, state.progress
+    """The M-step of a gradient run; `halves` are used up. step_of: the schedule, and the half planes of the averages."""
+    (plan, reference), p, model, engine, progress = step_of, _params(job), state.model, job.engine, state.progress
     assert state.moments is not None
     per_micrograph = torch.bincount(batch.micrograph, minlength=len(batch.micrographs)).double()
     # The parameters need both halves' sums but not their planes.
@@ -266,7 +266,7 @@ def descend(
     found = update_parameters(model, a + b, boxes, per_micrograph, cc=False, norm=p.norm, scale=p.scale)
     found = gradient.smoothed(model, found)
     tau = plan.tau_fudge(progress.iteration, p.tau_fudge)
-    reference = planes.reference_planes(model.maps, progress.size, engine)
+    tau2 = planes.plane_power(reference, model.box, engine.pad)
     sums = tuple((hermitian_planes(s.data).to(reference), hermitian_planes(s.weight).to(reference.real)) for s in halves)
     step = plan.step(progress.iteration)
     new, moments, snr, power = gradient.descend(reference, (sums[0], sums[1]), state.moments, found.pdf_class, engine.pad, step, tau)
@@ -279,7 +279,6 @@ def descend(
     unmasked = centred(job, maps, max(UNMOVED[0] * diameter, UNMOVED[1]))
     # SSNR as the whole set would have it: the mini-batch's weights, times what it is of the set.
     weight = (sums[0][1] + sums[1][1]) * (len(state.particles) / max(1, len(batch)))
-    tau2 = planes.plane_power(model.maps, progress.size, engine)
     ssnr = planes.data_vs_prior(weight, tau * tau2, engine.pad)
     progress = after_classification(replace(progress, ave_pmax=found.ave_pmax), int(class_shells(ssnr).max()), box * model.pixel_size)
     found = replace(found, maps=flattened(job, unmasked, model.pixel_size), tau2=tau2, data_vs_prior=ssnr)

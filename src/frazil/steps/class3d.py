@@ -8,13 +8,14 @@ from torch import Tensor
 
 from frazil.maths.filters import lowpass_map
 from frazil.refine.classes import Reconstruction, reconstruct_classes, reference_power
-from frazil.refine.convergence import Progress
+from frazil.refine.convergence import Progress, finer_sampling
 from frazil.refine.maximization import flatten_solvent, solvent_sphere
 from frazil.refine.model import Model, Statistics
 from frazil.refine.sampling import Sampling
 from frazil.refine.settings import setting
 from frazil.steps.classify import ClassifyJob, ClassifyParams, Form
 
+LOCAL_ORDER = 4  # of the first finer grid (3.75 degrees, 1.9 oversampled)
 TOO_FINE = 0.8  # a coarser sampling may do whose steps are below this part of the expected accuracy (spec 4.2)
 
 
@@ -26,6 +27,14 @@ class Class3dParams(ClassifyParams):
     sigma_ang: float | None = setting(
         None, "search only near the last orientations: standard deviation of the angles; none: everywhere", "degrees", gt=0
     )
+    equal_filter: bool = setting(
+        True, "filter the maps of all classes alike, so that a class does not gain particles by being large; no: as RELION, each by its own"
+    )
+    auto_sampling: bool = setting(
+        True, "after a quarter of the iterations search finer, near the last poses, while steps are coarser than the expected accuracy; "
+        "not with --sigma-ang, --skip-align, --skip-rotate or --allow-coarser-sampling. no: one grid for all iterations, as RELION",
+        level="basic",
+    )  # fmt: skip
     allow_coarser_sampling: bool = setting(False, "use a coarser grid while its steps are finer than the expected accuracy")
     mask_lowpass_resolution: float = setting(30.0, "low-pass filter of the region of --mask-lowpass", "Å", gt=0)
 
@@ -36,16 +45,33 @@ class Class3dParams(ClassifyParams):
             oversampling=self.oversampling, group=self.symmetry, factor=0.0 if self.skip_align else self.perturb, sigma=self.sigma_ang,
         )  # fmt: skip
 
-    def next_sampling(self, progress: Progress, box: int, pixel_size: float) -> Sampling:
-        """The first grid, or with allow_coarser_sampling the coarsest whose steps stay within the accuracies known (spec 4.2)."""
+    def next_sampling(self, progress: Progress, last: Sampling, box: int, pixel_size: float) -> Sampling:
+        """The first grid; finer ones as the iterations go on (auto_sampling), or the coarsest that will do (spec 4.2)."""
         first = self.sampling(pixel_size)
-        if not self.allow_coarser_sampling:
-            return first
         rotation, shift = progress.accuracy_rotation, progress.accuracy_shift
-        if progress.iteration == 1:  # not known yet: what the resolution can tell apart
-            diameter = self.diameter if self.diameter > 0 else box * pixel_size
-            rotation, shift = 360 / math.ceil(math.pi * diameter * progress.shell / (box * pixel_size)), 0.0
-        return coarser_sampling(first, rotation, shift)
+        if self.allow_coarser_sampling:
+            if progress.iteration == 1:  # not known yet: what the resolution can tell apart
+                diameter = self.diameter if self.diameter > 0 else box * pixel_size
+                rotation, shift = 360 / math.ceil(math.pi * diameter * progress.shell / (box * pixel_size)), 0.0
+            return coarser_sampling(first, rotation, shift)
+        if not self.auto_sampling or self.skip_align or self.skip_rotate or self.sigma_ang is not None or last.order < first.order:
+            return first
+        order = scheduled_order(progress.iteration, self.iterations, first.order)
+        if order <= last.order or last.step < rotation or rotation > 900:
+            return first if last.order == first.order else last
+        return finer_sampling(progress, last, order, local=True)
+
+
+def scheduled_order(iteration: int, iterations: int, first: int) -> int:
+    """HEALPix order up to which an iteration of so many may go: the first for a quarter of them, then two finer ones.
+
+    Classes found with steps coarser than the accuracy drift apart in orientation and share the particles out by which of these fits
+    the grid better, not by structure: from true classes too (docs/steps/class3d.md).
+    """
+    finer = max(first + 1, LOCAL_ORDER)
+    if iteration <= (coarse := max(6, iterations // 4)):
+        return first
+    return finer if iteration <= coarse + max(6, iterations // 3) else finer + 1
 
 
 def coarser_sampling(first: Sampling, accuracy_rotation: float, accuracy_shift: float) -> Sampling:
@@ -64,19 +90,21 @@ def coarser_sampling(first: Sampling, accuracy_rotation: float, accuracy_shift: 
 
 
 def new_maps(job: ClassifyJob, model: Model, statistics: Statistics, tau2: Tensor) -> Reconstruction:
-    """Maps of all classes, where the present ones are."""
+    """Maps of this process's classes, where the present ones are."""
     assert isinstance(job.params, Class3dParams)
-    return reconstruct_classes(statistics, tau2, job.params.symmetry, model.box, job.engine, str(model.maps.device))
+    p, place = job.params, str(model.maps.device)
+    return reconstruct_classes(statistics, tau2, p.symmetry, model.box, job.engine, place, alike=p.equal_filter, world=job.world)
 
 
 def finish_(job: ClassifyJob, maps: Tensor, pixel_size: float) -> Tensor:
-    """Solvent-flattened maps (spec 3.6.10), in place: V·M, its second region's mean, and V·M_l low-passed."""
+    """Solvent-flattened maps (spec 3.6.10), in place: V·M, its second region's mean, and V·M_l low-passed. Of this process's classes."""
     p = job.params
     if not p.flatten_solvent:
         return maps
     assert isinstance(p, Class3dParams)
     mask = solvent_sphere(maps[0], pixel_size, p.diameter, p.mask_edge) if job.mask is None else job.mask.to(maps)
-    for i, density in enumerate(maps):
+    for i in job.world.own(len(maps)):
+        density = maps[i]
         flat = flatten_solvent(density, pixel_size, p.diameter, p.mask_edge, mask, job.mask2)
         if job.mask_lowpass is not None:
             flat = flat + lowpass_map(density * job.mask_lowpass.to(density), pixel_size, p.mask_lowpass_resolution)
@@ -84,4 +112,4 @@ def finish_(job: ClassifyJob, maps: Tensor, pixel_size: float) -> Tensor:
     return maps
 
 
-FORM = Form(power=reference_power, reconstruct=new_maps, finish=finish_)
+FORM = Form(power=reference_power, reconstruct=new_maps, finish=finish_, each_its_own=True)

@@ -28,13 +28,14 @@ from frazil.refine.convergence import (
     coarse_window,
     window_size,
 )
-from frazil.refine.expectation import expectation
+from frazil.refine.expectation import Given, expectation
 from frazil.refine.initial import initial_noise
 from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import World, with_less_memory
 from frazil.refine.planner import keep_on_device
 from frazil.refine.sampling import Sampling, fixed_grid, make_grid
+from frazil.refine.search import reference_volumes
 from frazil.refine.settings import MatchParams, Settings, setting
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine
@@ -73,8 +74,8 @@ class ClassifyParams(MatchParams, Start):
         """The search grid the run starts with."""
         raise NotImplementedError
 
-    def next_sampling(self, progress: Progress, box: int, pixel_size: float) -> Sampling:
-        """The search grid of the next iteration (without the perturbation); by default always the first."""
+    def next_sampling(self, progress: Progress, last: Sampling, box: int, pixel_size: float) -> Sampling:
+        """The search grid of iteration `progress.iteration` (without the perturbation) after `last`; by default always the first."""
         return self.sampling(pixel_size)
 
 
@@ -82,12 +83,13 @@ class ClassifyParams(MatchParams, Start):
 class Form:
     """What depends on the dimension of the references. `power` and `reconstruct` take and give all classes at once."""
 
-    power: Callable[[Tensor, int, Engine], Tensor]  # (maps, n_c, engine) → (K, N/2+1) τ², spec 3.3a
+    power: Callable[[Tensor, int, float], Tensor]  # (half volumes, box, padding) → (K, N/2+1) τ², spec 3.3a
     reconstruct: Callable[[ClassifyJob, Model, Statistics, Tensor], Reconstruction]  # (job, model, sums (used up), T·τ²)
     finish: Callable[[ClassifyJob, Tensor, float], Tensor]  # (job, maps, pixel size) → centred and solvent-flattened maps
     dims: int = 3
     keep_safe: float = 1.2  # of the coarse window (spec 2.3): 1.5 in 2D
     accuracy_particles: int = 100  # 10 in 2D
+    each_its_own: bool = False  # processes make the maps of their own classes only
     keep_unmasked: bool = False  # keep the maps before `finish` in the state
 
 
@@ -140,17 +142,20 @@ def initial_state(job: ClassifyJob, particles: Particles, references: Tensor, pi
     sampling = p.sampling(pixel_size)
     noise = initial_noise(job.images, particles, (n, pixel_size), engine)
     shell = resolution_shell(n, pixel_size, p.initial_lowpass)
-    tau2 = job.form.power(maps, min(n, 2 * (shell + 10)), engine)
     pdf = torch.full((p.classes,), 1 / p.classes, dtype=torch.float64)
-    zero = torch.zeros_like(tau2)
+    zero = torch.zeros(p.classes, n // 2 + 1, dtype=torch.float64)
     directions = make_grid(sampling).directions if not keeps_orientations(p) else 1
     model = Model(
         maps=maps, pixel_size=pixel_size, sigma2=noise, scales=torch.ones(len(particles.micrographs), dtype=torch.float64),
         norm_average=float(particles.norm.mean()), sigma_offset=p.sigma_offset, pdf_class=pdf,
-        pdf_direction=pdf[:, None].expand(-1, directions) / directions, tau2=tau2,
-        data_vs_prior=first_data_vs_prior(tau2, noise[int(particles.group.min())], len(particles) * pdf), fsc=zero[0], sigma2_map=zero,
+        pdf_direction=pdf[:, None].expand(-1, directions) / directions, tau2=zero, data_vs_prior=zero, fsc=zero[0], sigma2_map=zero,
         coverage=zero,
     )  # fmt: skip
+    one = model if assigned is None else classes_of(model, torch.tensor([0]))
+    volumes = reference_volumes(one, min(n, 2 * (shell + 10)), engine)
+    tau2 = job.form.power(volumes, n, engine.pad).cpu().expand(p.classes, -1)
+    ssnr = first_data_vs_prior(tau2, noise[int(particles.group.min())], len(particles) * pdf)
+    model = replace(model, tau2=tau2, data_vs_prior=ssnr)
     poses = replace(
         Poses.empty(len(particles)), rotation=particles.rotation, shift=particles.shift, norm=particles.norm,
         klass=(particles.klass - 1).clamp(min=0),
@@ -179,47 +184,64 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     cc = iteration == 1 and p.firstiter_cc
     generator = torch.Generator().manual_seed(job.engine.seed + iteration)
     size = window_size(state.progress, model.box)
-    another = torch.Generator().manual_seed(job.engine.seed + iteration)  # its own: only the first process uses it
-    accuracy = job.world.tell(accuracies(job, state, size, another, cc) if job.world.rank == 0 else state.accuracy)
+    # One reference for all classes: a cross-correlation iteration makes one map of all particles, which is copied (spec 2.3).
+    seeds = cc and state.assigned is not None
+    live = torch.tensor([0]) if seeds else torch.nonzero(model.pdf_class > 0)[:, 0]
+    clock = Clock(job.engine.device)
+    with clock("reference"):  # once for accuracies, E-step and signal power
+        volumes = reference_volumes(classes_of(model, live), size, job.engine)
+    with clock("accuracies"):
+        accuracy = accuracies(job, state, size, cc, (live, volumes))
     best = accuracy.amin(0).tolist()
     progress = replace(state.progress, iteration=iteration, accuracy_rotation=best[0], accuracy_shift=best[1])
-    sampling = replace(p.next_sampling(progress, model.box, model.pixel_size), instance=state.sampling.instance)
+    sampling = replace(p.next_sampling(progress, state.sampling, model.box, model.pixel_size), instance=state.sampling.instance)
     if not p.skip_align:
         sampling = sampling.perturbed(generator)
     model = with_directions(model, sampling, p)
     progress = replace(progress, size=size, coarse_size=coarse_size(job, sampling, model, size))
-    # One reference for all classes: a cross-correlation iteration makes one map of all particles, which is copied (spec 2.3).
-    seeds = cc and state.assigned is not None
-    live = torch.tensor([0]) if seeds else torch.nonzero(model.pdf_class > 0)[:, 0]
     numbered = replace(state.particles, klass=at_live_classes(state.particles.klass - 1, live, model.classes) + 1)
     before = replace(state, progress=progress, sampling=sampling, model=classes_of(model, live), particles=numbered, accuracy=accuracy)
     assigned = None if cc or state.assigned is None else at_live_classes(state.assigned, live, model.classes)
-    statistics, poses, seconds = expect(job, before, assigned, cc)
+    statistics, poses, seconds = expect(job, before, assigned, cc, volumes)
     poses = replace(poses, klass=live[poses.klass])
     moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(sampling.group))
     progress = after_changes(progress, *moved, sampling, float((poses.klass != state.poses.klass).double().mean()))
     particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
     after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None)
-    clock = Clock(job.engine.device)
     with clock("M-step"):
-        after = maximize(job, after, statistics, cc)
+        after = maximize(job, after, statistics, cc, volumes)
         full = copied(after.model, model.classes) if seeds else spread(after.model, live, model.classes)
-        after = replace(after, model=job.world.agree(full), unmasked=all_unmasked(after.unmasked, live, full, seeds))
+        full = job.world.agree(full, but=("maps",) if job.form.each_its_own else ())
+        after = replace(after, model=full, unmasked=all_unmasked(after.unmasked, live, full, seeds))
         after = reseeded(job, after, model.pdf_class, generator)
-    return replace(after, seconds=seconds | clock.seconds)
+    return replace(after, seconds=clock.seconds | seconds)
 
 
-def accuracies(job: ClassifyJob, state: ClassifyState, size: int, generator: torch.Generator, cc: bool) -> Tensor:
-    """(K, 2) expected errors (degrees, Å) of the larger classes from some random particles at their present poses; 999: not known."""
+def accuracies(job: ClassifyJob, state: ClassifyState, size: int, cc: bool, references: tuple[Tensor, Tensor]) -> Tensor:
+    """(K, 2) expected errors (degrees, Å) of the larger classes from some random particles at their present poses; 999: not known.
+
+    references: classes and their half volumes. Of several processes each looks at its own classes.
+    """
     out = torch.full((state.model.classes, 2), UNKNOWN, dtype=torch.float64)
     if cc or state.progress.iteration == 0 or job.params.skip_align:
         return out
+    seed, world = job.engine.seed + state.progress.iteration + 1, job.world
+    generator = torch.Generator().manual_seed(seed)
     some = state.particles[torch.randperm(len(state.particles), generator=generator)[: job.form.accuracy_particles]]
     if job.params.strict_highres:
         size = min(size, strict_size(job.params.strict_highres, state.model))
     large = torch.nonzero(state.model.pdf_class >= LEAST_SHARE)[:, 0]
-    if len(large):
-        out[large] = expected_accuracies(some, state.model, large, job.engine, size, generator)
+    place = torch.searchsorted(references[0], large)
+    if job.form.dims == 2:
+        if len(large):
+            out[large] = expected_accuracies(some, state.model, large, job.engine, size, generator, references[1][place])
+        return world.tell(out)
+    found = torch.zeros_like(out)
+    for i in world.own(len(large)):
+        generator = torch.Generator().manual_seed(seed + int(large[i]) * 7919)  # its own, whichever process makes it
+        one = large[i : i + 1]
+        found[one] = expected_accuracies(some, state.model, one, job.engine, size, generator, references[1][place[i] : place[i] + 1])
+    out[large] = world.add_up_(found)[large]
     return out
 
 
@@ -273,9 +295,9 @@ class _Share:
 
 
 def expect(
-    job: ClassifyJob, state: ClassifyState, assigned: Tensor | None, cc: bool
+    job: ClassifyJob, state: ClassifyState, assigned: Tensor | None, cc: bool, volumes: Tensor | None = None
 ) -> tuple[Statistics, Poses, dict[str, float]]:
-    """E-step of all particles with the state's model, sampling and sizes, shared out among the processes."""
+    """E-step of all particles with the state's model, sampling and sizes, shared out among the processes; volumes: the model's."""
     p, world, progress, n = job.params, job.world, state.progress, len(state.particles)
     mine = world.share(n)
     particles = state.particles[mine]
@@ -288,7 +310,7 @@ def expect(
         return expectation(
             job.images if world.size == 1 else _Share(job.images, mine), particles, state.model, grid, engine,
             (progress.size, progress.coarse_size), tick=lambda done: job.tick(done * world.size),
-            assigned=None if assigned is None else assigned[mine],
+            given=Given(None if assigned is None else assigned[mine], volumes),
         )  # fmt: skip
 
     engine = replace(job.engine, cc=cc, subpixel=p.skip_align, strict=p.strict_highres is not None)
@@ -296,23 +318,26 @@ def expect(
     return world.total(statistics), world.gather(poses, n), seconds
 
 
-def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc: bool) -> ClassifyState:
-    """The M-step: parameters, maps and spectra of the state's classes (spec 3.6); `statistics` are used up."""
+def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc: bool, volumes: Tensor) -> ClassifyState:
+    """The M-step: parameters, maps and spectra of the state's classes (spec 3.6); `statistics` are used up, volumes: the references'."""
     p, model, progress = job.params, state.model, state.progress
     box, pixel_size = model.box, model.pixel_size
     particles = state.particles
     per_micrograph = torch.bincount(particles.micrograph, minlength=len(particles.micrographs)).double()
     boxes = [o.box for o in particles.optics]
     updated = update_parameters(model, statistics, boxes, per_micrograph, cc=cc, norm=p.norm, scale=p.scale)
-    tau2 = job.form.power(model.maps, progress.size, job.engine)
+    tau2 = job.form.power(volumes, box, job.engine.pad).cpu()
     made = job.form.reconstruct(job, model, statistics, p.tau_fudge * tau2)
     maps, ssnr = made.maps, made.data_vs_prior
     if cc:
         maps = lowpass_map(maps, pixel_size, p.initial_lowpass, dims=job.form.dims)
         keep = lowpass_weights(torch.arange(box // 2 + 1, dtype=torch.float64), box, pixel_size, p.initial_lowpass).square()
         tau2, ssnr = tau2 * keep, ssnr * keep
+    finished = job.form.finish(job, maps, pixel_size)
+    if job.form.each_its_own:
+        job.world.add_up_(finished)
     updated = replace(
-        updated, maps=job.form.finish(job, maps, pixel_size), tau2=tau2, data_vs_prior=ssnr, sigma2_map=made.sigma2_map,
+        updated, maps=finished, tau2=tau2, data_vs_prior=ssnr, sigma2_map=made.sigma2_map,
         coverage=made.coverage,
     )  # fmt: skip
     shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else int(class_shells(ssnr).max())

@@ -17,6 +17,8 @@ from torch import Tensor
 from frazil.ops.compare.significance import significant
 from frazil.ops.dispatch import pick
 
+NO_LIMIT = 1 << 62
+
 __all__ = ["Candidates", "candidates", "check_rows", "compare", "significant"]
 
 
@@ -57,8 +59,8 @@ def compare(slices: Tensor, row_slice: Tensor, row_image: Tensor, images: Tensor
 
 
 def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor,
-               *, depth: float = 26.0, fraction: float | None = None, cc: bool = False, batch: int | None = None, tf32: bool = True,
-               implementation: str | None = None) -> Candidates:
+               *, depth: float = 26.0, fraction: float | None = None, most: int | None = None, cc: bool = False,
+               batch: int | None = None, tf32: bool = True, implementation: str | None = None) -> Candidates:
     """All (image, orientation, shift) whose L comes within `depth` of the best of its image: every slice against every image.
 
         L = Re Σ_p conj(S) Y E − Σ_p |S|² Q + log_prior + log_prior_shift
@@ -68,6 +70,7 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
     fraction: leave out as well what cannot belong to the smallest set of hypotheses that holds this fraction of Σ exp L: the list
     is then short even where L is flat, and `left_out` says how much it lacks (hand it to `significant`). The set is found from a
     histogram, so some more than needed are listed, never fewer.
+    most: with `fraction`, leave out what is surely not among so many largest ones of an image (again some more are listed).
     cc: only the single best hypothesis of each image, by cross/sqrt(power); of the priors only −inf counts.
     batch: images at a time (None: by memory). tf32: the products may use TF32 on a GPU, bfloat16 inputs on a CPU; they only rank.
     """
@@ -76,23 +79,23 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
     if log_prior.shape != shapes[0] or log_prior_shift.shape != shapes[1]:
         raise ValueError(f"log_prior and log_prior_shift must be {shapes[0]} and {shapes[1]}, "
                          f"got {tuple(log_prior.shape)} and {tuple(log_prior_shift.shape)}")
-    if depth <= 0 or (fraction is not None and not 0 < fraction <= 1) or (batch is not None and batch < 1):
-        raise ValueError(f"depth must be > 0, fraction in (0, 1], batch >= 1; got {depth}, {fraction}, {batch}")
+    if depth <= 0 or (fraction is not None and not 0 < fraction <= 1) or any(x is not None and x < 1 for x in (batch, most)):
+        raise ValueError(f"depth must be > 0, fraction in (0, 1], batch, most >= 1; got {depth}, {fraction}, {batch}, {most}")
     log_prior, log_prior_shift = log_prior.to(power), log_prior_shift.to(power)
     if cc:
         log_prior, log_prior_shift = (torch.where(x.isneginf(), x, torch.zeros_like(x)) for x in (log_prior, log_prior_shift))
-    keep = 1.0 if fraction is None else fraction
+    keep, most = 1.0 if fraction is None else fraction, NO_LIMIT if most is None else most
     args = (slices, images, power, phases, log_prior, log_prior_shift)
     match pick(slices, implementation):
         case "reference":
             from .reference import candidates as run_reference
-            return Candidates(*run_reference(*args, depth, keep, cc))
+            return Candidates(*run_reference(*args, depth, keep, most, cc))
         case "cpu":
             from .cpu import candidates as run_cpu
-            return Candidates(*run_cpu(*args, depth, keep, cc, batch, tf32 and not cc))
+            return Candidates(*run_cpu(*args, depth, keep, most, cc, batch, tf32 and not cc))
         case "triton":
             from .triton import candidates as run_triton
-            return Candidates(*run_triton(*args, depth, keep, cc, batch, tf32 and not cc))
+            return Candidates(*run_triton(*args, depth, keep, most, cc, batch, tf32 and not cc))
         case other:
             raise ValueError(f"candidates has no implementation {other!r}")
 

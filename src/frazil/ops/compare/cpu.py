@@ -148,8 +148,20 @@ def _first_bin_out(hist, width, fraction):  # noqa: ANN001, ANN202
     return k, below
 
 
+@njit(cache=True)
+def _enough_bins(hist, width, bins, most):  # noqa: ANN001, ANN202
+    """(k, mass of bins k … bins): k ≤ bins, the fewest that hold `most` hypotheses."""
+    k, listed, below = 0, 0, 0.0
+    while k < bins and listed < most:
+        listed += hist[k]
+        k += 1
+    for j in range(k, bins):
+        below += hist[j] * np.exp(-(j + 0.5) * width)
+    return k, below
+
+
 @njit(parallel=True, cache=True)
-def _choose(even, odd, offset, shift, peak, depth, fraction, top, bins, left_out, count):  # noqa: ANN001, ANN202
+def _choose(even, odd, offset, shift, peak, depth, fraction, most, top, bins, left_out, count):  # noqa: ANN001, ANN202
     """top[i], the number of bins below it that are listed, and count[i], how many hypotheses that is. depth 0: the best one."""
     n, shifts, _ = even.shape
     scale = BINS / max(depth, 1e-30)
@@ -175,7 +187,9 @@ def _choose(even, odd, offset, shift, peak, depth, fraction, top, bins, left_out
             count[i] = 1
             continue
         if fraction < 1:
-            bins[i], left_out[i] = _first_bin_out(hist, 1 / scale, 1 - (1 - NEGLIGIBLE) * (1 - fraction))
+            needed, below = _first_bin_out(hist, 1 / scale, 1 - (1 - NEGLIGIBLE) * (1 - fraction))
+            bins[i], more = _enough_bins(hist, 1 / scale, needed, most)
+            left_out[i] = below + more
         count[i] = hist[:bins[i]].sum()
 
 
@@ -217,7 +231,7 @@ def bf16_products(allow: bool) -> Iterator[None]:
 
 
 def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor, depth: float,
-               fraction: float, cc: bool, batch: int | None, rank_only: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+               fraction: float, most: int, cc: bool, batch: int | None, rank_only: bool) -> tuple[Tensor, ...]:
     """See frazil.ops.compare.candidates: fields of Candidates."""
     follow_threads()
     (h, p), b, shifts = slices.shape, len(images), phases.shape[1]
@@ -246,7 +260,7 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
         _find_peaks(*given)
         reach, top = (0.0 if cc else float(depth)), best[part].numpy()
         bins, count = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        _choose(*given, reach, float(fraction), top, bins, left_out[part].numpy(), count)
+        _choose(*given, reach, float(fraction), most, top, bins, left_out[part].numpy(), count)
         start = np.concatenate([np.zeros(1, np.int64), count.cumsum()])
         place = torch.empty(2, int(start[-1]), dtype=torch.int64)
         value = power.new_empty(int(start[-1]))

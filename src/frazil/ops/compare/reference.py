@@ -19,8 +19,8 @@ def compare(slices: Tensor, row_slice: Tensor, row_image: Tensor, images: Tensor
 
 
 def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor,
-               depth: float, fraction: float, cc: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Fields of Candidates; with fraction < 1 exactly the smallest set that holds it (ties included)."""
+               depth: float, fraction: float, most: int, cc: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fields of Candidates; with fraction < 1 exactly the smallest set that holds it, or the `most` largest (ties included)."""
     h, b, t = len(slices), len(images), phases.shape[1]
     both = torch.cat([slices, slices.conj()])
     shifted = images[:, None, :] * phases.T  # (b, T, p)
@@ -39,7 +39,7 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
         weight = torch.where(keep, (value.double() - best.double()[:, None]).exp(), 0)
         ordered, order = weight.sort(1, descending=True)
         needed = (ordered.cumsum(1) < fraction * weight.sum(1, keepdim=True)).sum(1, keepdim=True)  # position of the last one
-        floor = value.gather(1, order.gather(1, needed.clamp(max=order.shape[1] - 1)))
+        floor = value.gather(1, order.gather(1, needed.clamp(max=min(most, order.shape[1]) - 1)))
         left_out = torch.where(value < floor, weight, 0).sum(1)
         keep &= value >= floor
     image, flat = keep.nonzero(as_tuple=True)

@@ -168,8 +168,11 @@ def _list(even, odd, prior, norm, shift, best, floor, start, flat, value, shifts
             at += tl.sum(ok.to(tl.int32), 0)
 
 
-def _floor_by_fraction(hist: Tensor, top: Tensor, depth: float, fraction: float) -> tuple[Tensor, Tensor]:
-    """(floor, mass below it) an image: the highest bin edge below which there is surely no more than 1 − fraction of the mass."""
+def _floor_by_fraction(hist: Tensor, top: Tensor, depth: float, fraction: float, most: int) -> tuple[Tensor, Tensor]:
+    """(floor, mass below it) an image: the highest bin edge below which there is surely no more than 1 − fraction of the mass.
+
+    Or the highest above which there are `most` hypotheses, if that is higher.
+    """
     edge = torch.arange(BINS + 1, device=hist.device, dtype=torch.float64) * (depth / BINS)
     count = hist.double()
     total = (count * (-edge[1:]).exp()).sum(1, keepdim=True).clamp(min=1)
@@ -179,11 +182,12 @@ def _floor_by_fraction(hist: Tensor, top: Tensor, depth: float, fraction: float)
 
     fits = tail(count * (-edge[:-1]).exp()) <= (1 - fraction) * total
     k = fits.double().argmax(1).clamp(min=1)  # the first that fits; the last column always does
+    k = torch.minimum(k, (hist.cumsum(1) < most).sum(1) + 1)
     below = tail(count * (-(edge[:-1] + edge[1:]) / 2).exp())
     return (top.double() - edge[k]).to(top), below.gather(1, k[:, None])[:, 0]
 
 
-def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, cc: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, most: int, cc: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(best, smallest listed L, mass left out) of each image of a batch."""
     even = given[0]
     n, shifts, h = even.shape
@@ -194,7 +198,7 @@ def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, cc: bool
         hist = torch.zeros(n, BINS, dtype=torch.int32, device=top.device)
         high = torch.where(top.isneginf(), torch.inf, top)  # nothing comes near that: an image without hypotheses is passed over
         _histogram[(n * shifts,)](*given, tiles, high, hist, depth, shifts, h, tiles.shape[3], BLOCK=TILE, N=BINS)
-        edge, left_out = _floor_by_fraction(hist, top, depth, fraction)
+        edge, left_out = _floor_by_fraction(hist, top, depth, fraction, most)
         floor = torch.maximum(floor, edge)
     return top, torch.where(top.isneginf(), torch.inf, floor), left_out
 
@@ -207,7 +211,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, log_prior: Tensor, log_prior_shift: Tensor, depth: float,
-               fraction: float, cc: bool, batch: int | None, tf32: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+               fraction: float, most: int, cc: bool, batch: int | None, tf32: bool) -> tuple[Tensor, ...]:
     """See frazil.ops.compare.candidates: fields of Candidates."""
     (h, p), b, shifts, device = slices.shape, len(images), phases.shape[1], power.device
     batch = max(1, min(b, batch or work_bytes() // (2 * shifts * max(h, p) * power.element_size() or 1)))
@@ -231,7 +235,7 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
         grid = (n * shifts, triton.cdiv(h, TILE))
         tiles = power.new_empty(n, shifts, 2, grid[1])
         _tile_best[(n, grid[1])](*given, tiles, shifts, h, BLOCK=TILE)
-        best[part], floor, left_out[part] = _floors(given, tiles, depth, fraction, cc)
+        best[part], floor, left_out[part] = _floors(given, tiles, depth, fraction, most, cc)
         count = torch.empty(n * shifts, dtype=torch.int32, device=device)
         _count[grid[:1]](*given, tiles, floor, count, shifts, h, grid[1], BLOCK=TILE)
         end = count.cumsum(0, dtype=torch.int64)
