@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.agree, pytest.mark.real]
 
 PARAMS = Class3dParams(
     classes=2, tau_fudge=4, diameter=DIAMETER, initial_lowpass=25, offset_range=6, offset_step=2.4, perturb=0, symmetry="D2",
-    max_significant=-1, equal_filter=False, auto_sampling=False,
+    max_significant=-1, equal_filter=0, auto_sampling=False,
 )  # fmt: skip
 CHANGE = 3.090302e6 - 3.071905e6  # of RELION's log-likelihood from iteration 2 to 3
 

@@ -87,8 +87,9 @@ def _params(job: ClassifyJob) -> Class2dParams:
     return job.params
 
 
-def new_averages(job: ClassifyJob, model: Model, statistics: Statistics, tau2: Tensor) -> Reconstruction:
+def new_averages(job: ClassifyJob, state: ClassifyState, statistics: Statistics, tau2: Tensor) -> Reconstruction:
     """Averages of all classes, centred if asked for, where the present ones are."""
+    model = state.model
     made = planes.reconstruct_planes(statistics, tau2, model.box, job.engine, str(model.maps.device))
     return replace(made, maps=centred(job, made.maps))
 

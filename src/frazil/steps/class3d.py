@@ -10,10 +10,10 @@ from frazil.maths.filters import lowpass_map
 from frazil.refine.classes import Reconstruction, reconstruct_classes, reference_power
 from frazil.refine.convergence import Progress, finer_sampling
 from frazil.refine.maximization import flatten_solvent, solvent_sphere
-from frazil.refine.model import Model, Statistics
+from frazil.refine.model import Statistics
 from frazil.refine.sampling import Sampling
 from frazil.refine.settings import setting
-from frazil.steps.classify import ClassifyJob, ClassifyParams, Form
+from frazil.steps.classify import ClassifyJob, ClassifyParams, ClassifyState, Form
 
 LOCAL_ORDER = 4  # of the first finer grid (3.75 degrees, 1.9 oversampled)
 TOO_FINE = 0.8  # a coarser sampling may do whose steps are below this part of the expected accuracy (spec 4.2)
@@ -27,9 +27,10 @@ class Class3dParams(ClassifyParams):
     sigma_ang: float | None = setting(
         None, "search only near the last orientations: standard deviation of the angles; none: everywhere", "degrees", gt=0
     )
-    equal_filter: bool = setting(
-        True, "filter the maps of all classes alike, so that a class does not gain particles by being large; no: as RELION, each by its own"
-    )
+    equal_filter: float = setting(
+        0.6, "part of the iterations in which the maps of all classes are filtered alike, so that none gains particles by being large; "
+        "0: each by its own from the start, as RELION", ge=0, le=1,
+    )  # fmt: skip
     auto_sampling: bool = setting(
         True, "after a quarter of the iterations search finer, near the last poses, while steps are coarser than the expected accuracy; "
         "not with --sigma-ang, --skip-align, --skip-rotate or --allow-coarser-sampling. no: one grid for all iterations, as RELION",
@@ -89,11 +90,14 @@ def coarser_sampling(first: Sampling, accuracy_rotation: float, accuracy_shift: 
     )  # fmt: skip
 
 
-def new_maps(job: ClassifyJob, model: Model, statistics: Statistics, tau2: Tensor) -> Reconstruction:
+def new_maps(job: ClassifyJob, state: ClassifyState, statistics: Statistics, tau2: Tensor) -> Reconstruction:
     """Maps of this process's classes, where the present ones are."""
     assert isinstance(job.params, Class3dParams)
-    p, place = job.params, str(model.maps.device)
-    return reconstruct_classes(statistics, tau2, p.symmetry, model.box, job.engine, place, alike=p.equal_filter, world=job.world)
+    p, model = job.params, state.model
+    alike = state.progress.iteration <= p.equal_filter * p.iterations
+    return reconstruct_classes(
+        statistics, tau2, p.symmetry, model.box, job.engine, str(model.maps.device), alike=alike, world=job.world
+    )  # fmt: skip
 
 
 def finish_(job: ClassifyJob, maps: Tensor, pixel_size: float) -> Tensor:

@@ -84,7 +84,7 @@ class Form:
     """What depends on the dimension of the references. `power` and `reconstruct` take and give all classes at once."""
 
     power: Callable[[Tensor, int, float], Tensor]  # (half volumes, box, padding) → (K, N/2+1) τ², spec 3.3a
-    reconstruct: Callable[[ClassifyJob, Model, Statistics, Tensor], Reconstruction]  # (job, model, sums (used up), T·τ²)
+    reconstruct: Callable[[ClassifyJob, ClassifyState, Statistics, Tensor], Reconstruction]  # (job, state, sums (used up), T·τ²)
     finish: Callable[[ClassifyJob, Tensor, float], Tensor]  # (job, maps, pixel size) → centred and solvent-flattened maps
     dims: int = 3
     keep_safe: float = 1.2  # of the coarse window (spec 2.3): 1.5 in 2D
@@ -327,7 +327,7 @@ def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc:
     boxes = [o.box for o in particles.optics]
     updated = update_parameters(model, statistics, boxes, per_micrograph, cc=cc, norm=p.norm, scale=p.scale)
     tau2 = job.form.power(volumes, box, job.engine.pad).cpu()
-    made = job.form.reconstruct(job, model, statistics, p.tau_fudge * tau2)
+    made = job.form.reconstruct(job, state, statistics, p.tau_fudge * tau2)
     maps, ssnr = made.maps, made.data_vs_prior
     if cc:
         maps = lowpass_map(maps, pixel_size, p.initial_lowpass, dims=job.form.dims)
