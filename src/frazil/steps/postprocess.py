@@ -138,17 +138,19 @@ def mtf_at(table: np.ndarray, frequency: Tensor) -> Tensor:
     return torch.where(values < SMALLEST_MTF, torch.ones_like(values), values)
 
 
-def _multiply(ft: Tensor, box: int, factor: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """ln of the mean amplitude by shell, (N/2+1,), after ft_ was multiplied in place by factor(|k| in cycles per box, rows)."""
+def _multiply_(ft: Tensor, box: int, factor: Callable[[Tensor, slice], Tensor]) -> None:
+    """Multiply a half transform by factor(|k| in cycles per box, rows)."""
     for rows, radius in planes(box, 3, ft.device):
         ft[rows] *= factor(radius, rows).to(ft.real.dtype)
-    return _log_amplitude(ft, box)
 
 
-def _log_amplitude(ft: Tensor, box: int) -> Tensor:
-    """(N/2+1,) ln⟨|F|⟩ with F = FFT/N³."""
-    total, count = shell_totals(lambda s: (ft[s].abs(), torch.ones_like(ft[s].real)), box, 3, ft.device, relion=True)
-    mean = total / count / box**3
+def _amplitude(ft: Tensor, box: int, count: Tensor) -> Tensor:
+    """(N/2+1,) ⟨|F|⟩ with F = FFT/N³; count (N/2+1,): elements of the shells."""
+    return shell_totals(lambda s: (ft[s].abs(),), box, 3, ft.device, relion=True)[0] / count / box**3
+
+
+def _log(mean: Tensor) -> Tensor:
+    """ln of amplitudes, −99 for none."""
     return torch.where(mean > 1e-40, mean.clamp(min=1e-300).log(), torch.full_like(mean, EMPTY)).cpu()
 
 
@@ -165,24 +167,27 @@ def sharpen(
     weight = fsc_weight(curve) if params.fsc_weighting else torch.ones_like(curve)
     table = torch.cat([weight, weight.new_zeros(1)]).to(mean_map.device)
     ft = torch.fft.rfftn(mean_map)
-    original = _log_amplitude(ft, box)
-    corrected = original
+    count = shell_totals(lambda s: (torch.ones_like(ft[s].real),), box, 3, ft.device, relion=True)[0]
+    original = corrected = _amplitude(ft, box, count)
     if mtf is not None:
         values, detector = mtf
-        corrected = _multiply(ft, box, lambda r, rows: 1 / mtf_at(values, r / side * detector))
-    weighted = corrected
-    if params.fsc_weighting:
-        weighted = _multiply(ft, box, lambda r, rows: table[shell_rows(box, 3, ft.device, rows)])
+        _multiply_(ft, box, lambda r, rows: 1 / mtf_at(values, r / side * detector))
+        corrected = _amplitude(ft, box, count)
+    weighted = corrected * weight.to(corrected)  # the weight is the same all over a shell
     k2 = (torch.arange(len(curve), dtype=torch.float64) / side).square()
-    guinier = fit_guinier(Guinier(k2, original, corrected, weighted, weighted), weight.cpu(), pixel_size, params)
+    plot = Guinier(k2, _log(original), _log(corrected), _log(weighted), _log(weighted))
+    guinier = fit_guinier(plot, weight.cpu(), pixel_size, params)
     b = params.b_factor if params.b_factor is not None else 4 * guinier.slope
     low_pass = params.low_pass if params.low_pass > 0 else resolution if params.low_pass < 0 or not params.fsc_weighting else 0.0
 
     def last(r: Tensor, rows: slice) -> Tensor:
         factor = torch.exp(-b / 4 * (r / side).square()) * (r <= box // 2)  # nothing beyond Nyquist, where B would raise noise alone
+        if params.fsc_weighting:
+            factor = factor * table[shell_rows(box, 3, ft.device, rows)]
         return factor * lowpass_weights(r, box, pixel_size, low_pass, params.edge) if 0 < low_pass < NO_RESOLUTION else factor
 
-    guinier = replace(guinier, sharpened=_multiply(ft, box, last))
+    _multiply_(ft, box, last)
+    guinier = replace(guinier, sharpened=_log(_amplitude(ft, box, count)))
     return torch.fft.irfftn(ft, s=mean_map.shape), guinier, b
 
 
