@@ -5,7 +5,9 @@
     python bench/ctf.py phase-plate [--count 12]     phase shifts 0-180° found together with the defocus
     python bench/ctf.py real                         power_spectra_10204 against CTFFIND, halves of apoferritin and Krios micrographs
     python bench/ctf.py detilt                       those halves with a plane through 3 x 3 patches taken out
-    python bench/ctf.py time [--device cuda]         seconds a 4096² micrograph, estimate alone; on a GPU checked against the CPU first
+    python bench/ctf.py time [--device cuda]         seconds of one 4096² micrograph from pixels to CTF, nothing else going on (latency);
+                                                     on a GPU checked against the CPU first, with the fit there and on one CPU thread
+    python bench/ctf.py job [--device cuda]          `frazil ctf` on --count 4096² micrographs in cached files: seconds each, files included
 
 --write appends a line to results/ctf.jsonl. Everything but `real` makes its own data and needs torch and numpy only.
 """
@@ -21,6 +23,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -220,7 +223,7 @@ def timing(args: argparse.Namespace) -> Row:
         image = image.pin_memory()
         row["gpu"] = torch.cuda.get_device_name()
     row["error"] = float(here.defocus[:2].mean() - truth[:2].mean())
-    seconds, spectrum, used = [], [], []
+    seconds, spectrum, beside, used = [], [], [], []
     for _ in range(args.repeats):
         start, cpu = time.perf_counter(), time.process_time()
         made = micrograph_spectrum(image, optics.pixel_size, settings, device, bins[str(device)])
@@ -229,16 +232,61 @@ def timing(args: argparse.Namespace) -> Row:
         estimate_ctf(made, optics, settings)
         seconds.append(time.perf_counter() - start)
         used.append(time.process_time() - cpu)
+        torch.set_num_threads(1)
+        start = time.perf_counter()
+        estimate_ctf(made.on(bins["cpu"]), optics, settings)
+        beside.append(time.perf_counter() - start)
+        torch.set_num_threads(args.threads)
     return row | {"seconds": statistics.median(seconds), "seconds_best": min(seconds), "seconds_spectrum": statistics.median(spectrum),
-                  "cpu_seconds": statistics.median(used)}  # fmt: skip
+                  "seconds_fit_on_one_cpu_thread": statistics.median(beside), "cpu_seconds": statistics.median(used)}  # fmt: skip
+
+
+def job(args: argparse.Namespace) -> Row:
+    """Seconds a micrograph of `frazil ctf` with all its files, and where the main thread spent them; 2 different micrographs, copied."""
+    from frazil.io.mrc import write_mrc
+    from frazil.jobs.ctf import Params
+    from frazil.jobs.ctf import run as work
+    from frazil.jobs.run import Options, Run
+
+    device, side = torch.device(args.device), args.side
+    truths = [torch.tensor([15400.0, 14900.0, 35.0], dtype=torch.float64), torch.tensor([9400.0, 9100.0, -20.0], dtype=torch.float64)]
+    with TemporaryDirectory(prefix="frazil-ctf-") as name:
+        folder = Path(name)
+        lines = ["data_optics\n\nloop_\n_rlnOpticsGroup\n_rlnVoltage\n_rlnSphericalAberration\n_rlnAmplitudeContrast\n"
+                 "_rlnMicrographPixelSize\n1 300 2.7 0.1 1.0\n\ndata_micrographs\n\nloop_\n_rlnMicrographName\n"
+                 "_rlnOpticsGroup"]  # fmt: skip
+        for i, truth in enumerate(truths):
+            made = simulate_ctf_micrograph(Optics(1.0), CtfMicrographSettings((side, side), seed=3 + i), truth)
+            write_mrc(folder / f"mic{i:03d}.mrc", made, 1.0)
+        for i in range(args.count):
+            if i >= len(truths):
+                (folder / f"mic{i:03d}.mrc").write_bytes((folder / f"mic{i % len(truths):03d}.mrc").read_bytes())
+            lines.append(f"{folder}/mic{i:03d}.mrc 1")
+        (folder / "micrographs.star").write_text("\n".join(lines) + "\n")
+        if device.type == "cuda":  # loads libraries, as the first of many micrographs does
+            micrograph_spectrum(torch.randn(side, side), 1.0, CtfSettings(), device)
+        params = Params(micrographs=folder / "micrographs.star")  # pyright: ignore[reportCallIssue]
+        options = Options(output=folder / "run", device=args.device, threads=args.threads, quiet=True)  # pyright: ignore[reportCallIssue]
+        with Run("ctf", params, options) as run:
+            start, cpu = time.perf_counter(), time.process_time()
+            work(params, run)
+            total, used = time.perf_counter() - start, time.process_time() - cpu
+        events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
+        found = {Path(e["name"]).name: e["defocus"] for e in events if e["event"] == "micrograph"}
+        stages = {k: v for k, v in next(e for e in events if e["event"] == "seconds").items() if isinstance(v, float)}
+    off = max(abs(found[f"mic{i:03d}.mrc"] - float(truths[i % len(truths)][:2].mean())) for i in range(args.count))
+    if off > 50:
+        raise SystemExit(f"the defocus is off by {off:.0f} Å")
+    return {"what": "job", "shape": [args.count, side, side], "device": str(device), "threads": args.threads, "worst_error": off,
+            "seconds_each": total / args.count, "seconds_job": total, "cpu_seconds_each": used / args.count, "stages": stages}  # fmt: skip
 
 
 def main() -> None:
     """Run what the command line names and print a line of figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("simulated", "noise", "phase-plate", "real", "detilt", "time"))
+    parser.add_argument("what", choices=("simulated", "noise", "phase-plate", "real", "detilt", "time", "job"))
     parser.add_argument("--count", type=int, default=24)
-    parser.add_argument("--side", type=int, default=2048)
+    parser.add_argument("--side", type=int, help="px; 2048 if not given, 4096 for job")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -246,8 +294,9 @@ def main() -> None:
     parser.add_argument("--images", nargs="*", default=[], help="further micrographs of 300 kV for `real` and `detilt`")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
+    args.side = args.side or (4096 if args.what == "job" else 2048)
     works = {"simulated": simulated, "noise": noise, "phase-plate": lambda a: simulated(a, True), "real": real, "detilt": detilt,
-             "time": timing}  # fmt: skip
+             "time": timing, "job": job}  # fmt: skip
     rows = works[args.what](args)
     for row in rows if isinstance(rows, list) else [rows]:
         asked = ["git", "rev-parse", "--short", "HEAD"]

@@ -1,8 +1,11 @@
 """Speed of picking: `PYTHONPATH=src python bench/pick.py [--device cuda] [--micrographs 100] [--size 4096] [--lowpass 20 0]`.
 
+`--micrographs 5 --lowpass 0` is the short run without a filter.
+
 Simulated micrographs (8 templates, known positions) are written once to --folder and read from the page cache. Correctness first: picks on
 the device against those of the CPU in a crop, and recall against truth. Then, for each low-pass: seconds a micrograph end to end (reading,
-matching, peaks, STAR, PNG, as `frazil pick` does it) and of the device alone. Lines go to bench/results/pick.jsonl.
+matching, peaks, STAR, PNG, as `frazil pick` does it), the job's own seconds by stage, and the device alone: each stage ended by waiting for
+it, and all together without. Lines go to bench/results/pick.jsonl.
 """
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--micrographs", type=int, default=100)
-    parser.add_argument("--distinct", type=int, default=4, help="simulated ones; the rest are copies, as reading and matching do not care")
+    parser.add_argument("--distinct", type=int, default=2, help="simulated ones; the rest are copies, as reading and matching do not care")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--lowpass", type=float, nargs="+", default=[20.0])
     parser.add_argument("--folder", type=Path)
@@ -102,7 +105,7 @@ def picks_of(star: Path, settings: MicrographSettings, lowpass: float, device: s
     bank = make_bank(read_stack(star.parent / "templates.mrcs").to(device), PIXEL, (image.shape[0], image.shape[1]), PIXEL,
                      PickSettings(settings.diameter, lowpass))  # fmt: skip
     ready = prepare(image.to(device), bank, found.optics_of(0), found.defocus[0].to(device))
-    picks = candidates(match(ready, bank), 0.3, 0.1 * settings.diameter, 1.1)
+    picks = candidates(match(ready, bank), 0.3, 0.1 * settings.diameter, 1.1, distance=0.65 * settings.diameter)
     kept = highest_apart(picks.xy.numpy(), picks.value.double().numpy(), 0.65 * settings.diameter / PIXEL)
     return picks.xy.numpy()[kept], picks.value.numpy()[kept]
 
@@ -133,34 +136,61 @@ def timed(star: Path, folder: Path, settings: MicrographSettings, lowpass: float
     from frazil.io.mrc import read_stack
     from frazil.jobs.pick import Params
     from frazil.jobs.pick import run as job
+    from frazil.jobs.pick_files import Spent
     from frazil.jobs.run import Options, Run
 
     found, device = read_micrographs(star), torch.device(args.device)
-    image = read_micrograph(found.file(0)).to(device)
+    image = read_micrograph(found.file(0))
+    image = image.pin_memory() if device.type == "cuda" else image
     budget = int(0.4 * torch.cuda.mem_get_info()[0]) if device.type == "cuda" else 3 << 29
     bank = make_bank(read_stack(star.parent / "templates.mrcs").to(device), PIXEL, (args.size, args.size), PIXEL,
                      PickSettings(settings.diameter, lowpass, cache_bytes=budget))  # fmt: skip
 
-    def work() -> None:
+    defocus = found.defocus[0].to(device)
+
+    def work(spent: Spent | None = None) -> None:
+        """The device's part of a micrograph; it ends with its candidates in main memory."""
         assert bank is not None
-        candidates(match(prepare(image, bank, found.optics_of(0), found.defocus[0].to(device)), bank), 0.05, 10.0, 1.1)
+
+        def over(name: str) -> None:
+            if spent is not None:
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                spent.on(name)
+
+        pixels = image.to(device, non_blocking=True)
+        over("upload")
+        ready = prepare(pixels, bank, found.optics_of(0), defocus)
+        over("prepare")
+        scores = match(ready, bank)
+        over("match")
+        candidates(scores, -0.1, 15.0, 1.1, distance=0.65 * settings.diameter)
+        over("peaks")
 
     work()  # compiles
     repeats = 10 if device.type == "cuda" else 2
     start = time.perf_counter()
     for _ in range(repeats):
-        work()  # ends with its candidates in main memory
+        work()
     alone = (time.perf_counter() - start) / repeats
+    spent = Spent()
+    for _ in range(repeats):
+        work(spent)
+    stages = {name: round(seconds / repeats, 5) for name, seconds in spent.seconds.items()}
     bank = None  # its memory is the job's now
     out = Path(tempfile.mkdtemp(prefix="pick-", dir=folder))
     params = Params(micrographs=star, templates=folder / "templates.mrcs", diameter=settings.diameter, lowpass=lowpass)
     with Run("pick", params, Options(output=out / "run", device=args.device, threads=args.threads, quiet=True)) as run:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         job(params, run)
-        total = time.perf_counter() - start
+        total, used = time.perf_counter() - start, time.process_time() - cpu
+    events = [json.loads(line) for line in (out / "run" / "events.jsonl").read_text().splitlines()]
+    job_stages = {k: v for k, v in next(e for e in events if e["event"] == "seconds").items() if isinstance(v, float)}
     picks = sum(read_star(out / "run" / "summary.star")[""]["rlnGroupNrParticles"])
     return {"bench": "pick", "lowpass": lowpass, "shape": [args.micrographs, args.size, args.size], "templates": VIEWS, "rotations": 72,
-            "seconds_end_to_end": round(total / args.micrographs, 4), "seconds_job": round(total, 2), "seconds_device": round(alone, 4),
+            "seconds_end_to_end": round(total / args.micrographs, 4), "seconds_job": round(total, 2),
+            "cpu_seconds_each": round(used / args.micrographs, 3), "seconds_device": round(alone, 4), "seconds_device_stages": stages,
+            "seconds_job_stages": job_stages,
             "picks": int(picks), "gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else peak_gb(),
             "threads": args.threads, "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
             "commit": commit()}  # fmt: skip

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -144,3 +145,37 @@ def test_a_full_disk_is_one_line_and_exit_2(table, capsys, monkeypatch) -> None:
 def test_the_module_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "frazil", "--version"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == frazil.__version__
+
+
+def test_a_program_ends_at_once_but_not_before_its_output_and_others_clean_up(tmp_path: Path) -> None:
+    """entry() leaves the modules to the system: text in a pipe, atexit and threads that still work must be seen to all the same."""
+    program = """
+import atexit, sys, threading, time
+import frazil.cli as cli
+atexit.register(lambda: open("cleaned", "w").close())
+def work(arguments=None):
+    print("x" * 100_000)
+    if THREAD:
+        threading.Thread(target=lambda: (time.sleep(0.3), open("worked", "w").close())).start()
+    return 7
+cli.main = work
+cli.entry()
+"""
+    for thread in (False, True):
+        command = [sys.executable, "-c", program.replace("THREAD", str(thread))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 7 and done.stdout == "x" * 100_000 + "\n" and done.stderr == ""
+        assert (tmp_path / "cleaned").exists() and (tmp_path / "worked").exists() == thread
+        (tmp_path / "cleaned").unlink()
+
+
+def test_cycles_are_collected_while_a_job_works(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "run", lambda params, run: seen.append(gc.isenabled()), raising=True)
+    seen: list[bool] = []
+    gc.disable()  # as entry() does
+    try:
+        assert main(["counting", "table.star", "--output", "run", "--device", "cpu", "--threads", "1", "--quiet"]) == 0
+        assert seen == [True] and gc.get_freeze_count() > 0
+    finally:
+        gc.enable()
+        gc.unfreeze()

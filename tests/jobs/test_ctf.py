@@ -110,8 +110,8 @@ def test_resume_redoes_what_is_missing_or_half_written(project: Path, monkeypatc
     state = Path("out/state.json")
     state.write_text(state.read_text().replace('"done"', '"stopped"'))
     done: list[int] = []
-    work = ctf._estimate
-    monkeypatch.setattr(ctf, "_estimate", lambda job, index, *rest: done.append(index) or work(job, index, *rest))
+    work = ctf._finish
+    monkeypatch.setattr(ctf, "_finish", lambda job, index, *rest: done.append(index) or work(job, index, *rest))
     assert main([*COMMAND, "--resume"]) == 0
     assert done == [0] and Path("out/micrographs_ctf.star").read_text() == table
 

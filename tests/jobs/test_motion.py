@@ -90,6 +90,35 @@ def test_resume_redoes_what_is_missing_or_half_written(project: Path, monkeypatc
     assert done == [0] and torch.equal(read_mrc("out/Movies/a.mrc").data, good)
 
 
+def test_movies_side_by_side_are_those_done_one_by_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from frazil.jobs import motion
+
+    names = [f"Movies/{k}.tif" for k in range(5)]
+    for k, name in enumerate(names):
+        write_tiff(name, frames(k))
+    Path(names[1]).write_bytes(b"no movie")
+    listed(names)
+    seen: dict[str, list[int]] = {"together": [], "alone": []}
+    find = motion._workers
+
+    def counted(job, waiting) -> int:
+        seen[job.run.path.name].append(find(job, waiting))
+        return seen[job.run.path.name][-1]
+
+    monkeypatch.setattr(motion, "_workers", counted)
+    for name, memory in (("together", "5"), ("alone", "0.101")):
+        # Four times 6 × 160 × 192 px fit into 5 GB but, if a pixel took ten thousand times as much, not one into 0.1.
+        monkeypatch.setattr(motion, "BYTES_A_PIXEL", 8 if name == "together" else 10**6)
+        assert main([*COMMAND[:3], name, *COMMAND[4:], "--threads", "3", "--memory", memory]) == 0
+    assert seen == {"together": [3], "alone": [1]}
+    both = [[read_motion(f"{name}/Movies/{k}.star").track for k in (0, 2, 3, 4)] for name in seen]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*both, strict=True))
+    assert not torch.allclose(both[0][0], both[0][1], atol=1e-4)  # and each is its own
+    tables = [read_micrographs(f"{name}/corrected_micrographs.star").names for name in seen]
+    assert [Path(n).name for n in tables[0]] == [Path(n).name for n in tables[1]] == ["0.mrc", "2.mrc", "3.mrc", "4.mrc"]  # in order
+    assert "Movies/1.tif" in Path("together/log.txt").read_text()
+
+
 def test_dead_movies_are_listed_and_the_job_succeeds(project: Path, capsys) -> None:
     write_tiff("Movies/zero.tif", np.zeros((4, 40, 40), np.uint8))
     Path("Movies/cut.tif").write_bytes(Path("Movies/a.tif").read_bytes()[:9000])

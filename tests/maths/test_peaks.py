@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from frazil.maths import peaks
 from frazil.maths.peaks import highest_apart, local_maxima, match_points, refine_peaks, split_level
 
 
@@ -22,6 +23,22 @@ def test_highest_apart_is_what_one_point_at_a_time_gives(np_rng):
         assert highest_apart(points, values, 3.0, 7).tolist() == kept[:7]
 
 
+@pytest.mark.parametrize("kind", ["even", "crowded", "line"])
+def test_thinning_by_cells_loses_no_point_that_is_accepted(kind, np_rng, monkeypatch):
+    """Against pairs of all points; points in a few cells, and on a line, as well."""
+    n = 4000
+    points = {"even": np_rng.uniform(0, 300, (n, 2)), "crowded": np.concatenate([np_rng.normal(5, 2, (n - 2, 2)), [[0, 0], [9e4, 7e4]]]),
+              "line": np.stack([np_rng.uniform(0, 300, n), np.full(n, 7.0)], -1)}[kind]  # fmt: skip
+    values = np_rng.normal(size=n).round(2)  # with ties
+    monkeypatch.setattr(peaks, "FEW", n)
+    whole = highest_apart(points, values, 4.0)
+    monkeypatch.setattr(peaks, "FEW", 50)
+    assert highest_apart(points, values, 4.0).tolist() == whole.tolist()
+    left = peaks.thinned(torch.from_numpy(points[np.argsort(-values, kind="stable")]), 4.0)
+    assert kind == "crowded" or len(left) < 0.5 * n
+    assert peaks.thinned(torch.from_numpy(points), 0.0).tolist() == list(range(n))
+
+
 def test_a_higher_threshold_keeps_the_first_of_the_peaks(np_rng):
     points, values = np_rng.uniform(0, 30, (300, 2)), np_rng.normal(size=300)
     everything = highest_apart(points, values, 3.0)
@@ -33,9 +50,9 @@ def test_local_maxima_and_their_tops():
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(24.0), indexing="ij")
     bump = 5 - (y - 7.3) ** 2 - 0.5 * (x - 15.8) ** 2
     allowed = torch.ones(20, 24, dtype=torch.bool)
-    peaks = local_maxima(bump, allowed, 0.0)
-    assert peaks.tolist() == [[7, 16]]
-    assert torch.allclose(refine_peaks(bump, peaks), torch.tensor([[7.3, 15.8]], dtype=torch.float64), atol=1e-5)
+    tops = local_maxima(bump, allowed, 0.0)
+    assert tops.tolist() == [[7, 16]]
+    assert torch.allclose(refine_peaks(bump, tops), torch.tensor([[7.3, 15.8]], dtype=torch.float64), atol=1e-5)
     allowed[7, 16] = False
     assert len(local_maxima(bump, allowed, 0.0)) == 0
     edge = local_maxima(-y - x, torch.ones_like(allowed), -100.0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from frazil.data import Optics
+from frazil.maths import thon
 from frazil.maths.ctf import ctf, phase_argument
 from frazil.maths.thon import (
     PolarBins,
@@ -18,6 +19,7 @@ from frazil.maths.thon import (
     half_phase,
     make_rings,
     nonnegative,
+    orthonormal,
     polar_bins,
     polar_mean,
     search,
@@ -140,6 +142,31 @@ def test_errors_are_as_large_as_promised_and_noise_gains_little(rng: torch.Gener
     flat = torch.exp(torch.randn(len(ky), len(kx), generator=rng, dtype=torch.float64))
     rings = rings_of(flat, bins)
     assert fit(rings, search(rings, where), where).gain < 45
+
+
+def test_orthonormal_columns_span_the_same_also_where_some_depend_on_others(rng: torch.Generator) -> None:
+    free = torch.randn(300, 7, generator=rng, dtype=torch.float64)
+    free[:, 6] = free[:, 0] + 1e-5 * free[:, 6]  # nearly dependent, but not quite
+    exact = torch.linalg.qr(free)[0]
+    dependent = torch.cat([free, free[:, :2].sum(-1, keepdim=True)], -1)  # adds nothing
+    assert float((orthonormal(free).T @ orthonormal(free) - torch.eye(7)).abs().max()) < 1e-6
+    for made in (orthonormal(free), orthonormal(dependent)):
+        assert float((made @ made.T - exact @ exact.T).abs().max()) < 1e-4
+
+
+def test_the_slope_of_the_fit_is_that_of_its_cost(rng: torch.Generator) -> None:
+    """−½ of it, by finite differences, background and envelope fitted anew; rings strong enough that the envelope stays off its bound."""
+    rings = rings_of(spectrum((9000.0, 8600.0, 25.0), noise=0.05, rng=rng), bins_of())
+    truth = theta_of(torch.tensor([9000.0, 8600.0, 25.0], dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))
+    prior = torch.tensor([0.0, 1e-6, 1e-6, 0.0], dtype=torch.float64)
+    fixed = thon._fixed(rings, 4)
+    at = (truth + torch.tensor([8.0, -6.0, 5.0, 0.01], dtype=torch.float64))[None]
+    here = thon._evaluate(fixed, at, prior)
+    for i, small in enumerate((0.05, 0.05, 0.05, 1e-4)):
+        step = torch.zeros(1, 4, dtype=torch.float64)
+        step[0, i] = small
+        change = (thon._evaluate(fixed, at + step, prior).cost - thon._evaluate(fixed, at - step, prior).cost) / (2 * small)
+        assert float(here.slope[0, i]) == pytest.approx(-0.5 * float(change), rel=0.1, abs=0.1 * float(here.slope[0, 0].abs())), i
 
 
 def test_nonnegative_least_squares_against_scipy(np_rng) -> None:

@@ -68,6 +68,21 @@ def test_batches_smaller_than_the_references_change_nothing(rng, monkeypatch):
     assert (best - whole[0]).abs().max() < 1e-4 and (index == whole[1]).float().mean() > 0.99  # MKL's rounding depends on the batch
 
 
+def test_equal_batches_on_a_gpu_cover_all_references(device, rng, monkeypatch):
+    """Nine references where five fit: five and four, none twice, none left out."""
+    from frazil.ops.correlate import triton
+
+    images, references = (torch.fft.rfft2(torch.randn(n, 12, 12, generator=rng)).to(device) for n in (2, 9))
+    whole = best_of(images, references, 12, "triton")
+    monkeypatch.setattr(triton, "BATCH", 3 * 4 * 144 * 5)
+    counts = []
+    transform = torch.fft.irfft2
+    monkeypatch.setattr(torch.fft, "irfft2", lambda values, **options: counts.append(len(values)) or transform(values, **options))
+    best, index = best_of(images, references, 12, "triton")
+    assert counts == [5, 4, 5, 4]
+    assert (best - whole[0]).abs().max() < 1e-4 and (index == whole[1]).float().mean() > 0.99
+
+
 def test_values_already_found_stand_unless_beaten(rng):
     images, references = (torch.fft.rfft2(torch.randn(1, 8, 8, generator=rng)) for _ in range(2))
     best, index = torch.full((1, 8, 8), 1e9), torch.full((1, 8, 8), 3, dtype=torch.int16)

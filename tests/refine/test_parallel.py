@@ -9,9 +9,14 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from frazil.data import Optics
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import SMALLEST_SHARE, World, join, leave, local_device, with_less_memory, world_of_environment
 from frazil.refine.windows import Engine
+from frazil.simulate.classes import simulate_classes
+from frazil.simulate.particles import Settings
+from frazil.steps.class3d import FORM, Class3dParams
+from frazil.steps.classify import ClassifyJob, initial_state, iterate, make_engine
 
 N = 7
 
@@ -41,6 +46,22 @@ def model(rank: int) -> Model:
     return Model(maps, 1.0, (x[0],), x[0], float(rank), 1.0, x[:, 0], x, x, x, x[0], x, x, log_likelihood=rank)
 
 
+def classified(world: World) -> dict[str, torch.Tensor]:
+    """Three classes of few particles after three iterations: cross-correlation, seeds, likelihood."""
+    made = simulate_classes(48, Optics(6.0, 24), 3, Settings(snr=1.0, shift_sd=3.0, seed=2))
+    eye = torch.eye(3, dtype=torch.float64).repeat(48, 1, 1)
+    particles = replace(made.particles, rotation=eye, shift=torch.zeros(48, 2, dtype=torch.float64), klass=torch.zeros(48).long())
+    params = Class3dParams(classes=3, initial_lowpass=30, diameter=110, offset_range=2, offset_step=1, healpix_order=1, iterations=3)
+    job = ClassifyJob(made.images, params, make_engine(params, seed=1, dtype=torch.float64), FORM, world=world)
+    state = initial_state(job, particles, made.maps[0].data[None], 6.0)
+    for _ in range(3):
+        state = iterate(job, state)
+    return {
+        "maps": state.model.maps, "share": state.model.pdf_class, "klass": state.poses.klass, "accuracy": state.accuracy,
+        "ssnr": state.model.data_vs_prior, "rotation": state.poses.rotation, "sigma2": state.model.sigma2[0],
+    }  # fmt: skip
+
+
 def work(rank: int, port: int, folder: str) -> None:
     """What one of two processes does."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -54,7 +75,7 @@ def work(rank: int, port: int, folder: str) -> None:
     told = world.tell({"a": 10 * (rank + 1), "b": torch.tensor([rank])})
     found = {
         "total": vars(total), "poses": vars(everyone), "model": vars(same), "told": told, "but": but.maps, "own": own, "added": added,
-        "world": (world.rank, world.size),
+        "classes": classified(world), "world": (world.rank, world.size),
     }  # fmt: skip
     torch.save(found, f"{folder}/{rank}.pt")
     leave()
@@ -75,6 +96,15 @@ def test_each_has_its_own_classes_and_maps(results):
     assert [found["own"] for found in results] == [[0, 2, 4], [1, 3]]
     assert [float(found["but"].max()) for found in results] == [3.0, 4.0]  # maps are left as they are
     assert all(found["added"].tolist() == [2.0, 10.0] for found in results)
+
+
+def test_a_classification_by_two_is_that_of_one(results):
+    """Each makes the maps of its own classes and the accuracies; all end with the same bits, and with what one process finds."""
+    alone = classified(World())
+    for name, wanted in alone.items():
+        assert torch.equal(results[0]["classes"][name], results[1]["classes"][name]), name
+        torch.testing.assert_close(results[0]["classes"][name], wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+    assert len(alone["klass"].unique()) == 3 and float(alone["accuracy"].max()) < 900
 
 
 def test_sums_of_all_processes_are_on_each(results):

@@ -65,6 +65,20 @@ def test_spectrum_and_micrograph_agree(image: torch.Tensor) -> None:
     assert math.isnan(result.tilt[0])
 
 
+def test_tiles_taken_together_give_the_same_spectrum(image: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, several at a time, moved to where the fit is; a tile of one value is left out."""
+    holed = image.clone()
+    side = tile_layout((1024, 1024), 1.2)[0]
+    holed[:side, :side] = holed.mean()
+    one = micrograph_spectrum(holed, 1.2, CtfSettings())
+    monkeypatch.setattr("frazil.steps.ctf.ON_CPU", 4)
+    several = micrograph_spectrum(holed, 1.2, CtfSettings()).on(one.bins)
+    torch.testing.assert_close(several.tiles, one.tiles, rtol=1e-5, atol=0)
+    torch.testing.assert_close(several.picture, one.picture, rtol=1e-4, atol=1e-4)
+    whole = micrograph_spectrum(image, 1.2, CtfSettings())
+    assert torch.equal(several.place, one.place) and len(one.tiles) == len(one.place) < len(whole.tiles)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_noise_has_no_fit(seed: int) -> None:
     result = found_in(noise_micrograph(OPTICS, replace(SMALL, seed=seed, inelastic=0.05 * seed)))

@@ -36,6 +36,14 @@ def movie() -> tuple[SimulatedMovie, torch.Tensor]:
     return made, torch.stack([made.counts(f).clamp(max=255).to(torch.uint8) for f in range(10)])
 
 
+def test_simulated_phases_follow_the_interaction_constant() -> None:
+    """σ = 2π m e λ / h² (m relativistic) is 6.526e-4 rad/(V Å) at 300 kV; a scattering density of 1/Å² is a potential of 47.878 V."""
+    blob = density(phantom(32, 2.0, seed=2), 32, 2.0)
+    made = simulate_movie(blob, OPTICS, MovieSettings(96, 96, 2, particles=1, solvent_contrast=1.0))
+    phase = float(made.stamps.double().sum()) / float(blob.data.double().sum())
+    assert phase == pytest.approx(6.526e-4 * 47.878 * 2.0, rel=0.04)  # views are interpolated
+
+
 def test_known_motion_is_found_and_undone(movie) -> None:
     """Track and field of a movie with drift, local motion, gain, hot and dead pixels; the sum shows the particles of frame 0."""
     made, frames = movie
@@ -78,6 +86,10 @@ def test_frames_that_do_not_fit_memory_are_read_again_with_the_same_result(movie
     again = correct_motion(few[1], OPTICS, MotionSettings(dose=6.0, patches=(1, 1), memory=1))
     assert few[1].loads == 3 * few[0].loads
     assert torch.equal(kept.micrograph, again.micrograph) and torch.equal(kept.track, again.track)
+    # Frames that fit by themselves but not with their transforms, which are four times as large here, are not kept either.
+    both = Stack(frames[:4])
+    correct_motion(both, OPTICS, MotionSettings(dose=6.0, patches=(1, 1), memory=frames[:4].numel()))
+    assert both.loads == 3 * few[0].loads
 
 
 def test_identical_frames_add_up(rng: torch.Generator) -> None:

@@ -58,6 +58,30 @@ def test_planted_templates_are_found_with_fom_one(lowpass, rng):
     assert abs(value.mean() - 1) < 0.1
 
 
+def test_candidates_that_a_better_neighbour_beats_may_be_left_out(rng, monkeypatch):
+    """With the least distance known fewer come, and the picks are the same; best first."""
+    bank = make_bank(templates(0.5), PIXEL, SHAPE, PIXEL, PickSettings(130.0, 0.0))
+    scores = match(prepare(planted(0.5, 1.0, rng, PLACES), bank), bank)
+    monkeypatch.setattr("frazil.maths.peaks.FEW", 50)
+    monkeypatch.setattr("frazil.steps.pick.MANY", 50)
+    every, fewer = (candidates(scores, -3.0, 20.0, distance=d) for d in (0.0, 90.0))
+    assert len(fewer.xy) < 0.6 * len(every.xy) and bool((fewer.value.diff() <= 0).all()) and every.area == fewer.area
+    picks = [[getattr(found, name)[highest_apart(found.xy.numpy(), found.value.double().numpy(), 90 / PIXEL)].tolist()
+              for name in ("xy", "value", "psi", "template")] for found in (every, fewer)]  # fmt: skip
+    assert picks[0] == picks[1] and len(picks[0][0]) > 10
+
+
+def test_detail_finer_than_the_lowpass_leaves_no_trace(rng):
+    """Of the templates: sampled on the work grid it would fold back to coarse detail."""
+    image = planted(0.5, 1.0, rng, PLACES)
+    x = torch.arange(BOX) - BOX // 2
+    stripes = torch.cos(2 * math.pi * PIXEL / 14 * x) * torch.exp(-(x[:, None].square() + x.square()) / 50)  # 14 Å, fine ends softly
+    pictures = templates(0.5), templates(0.5) + 2 * stripes
+    banks = [make_bank(p, PIXEL, SHAPE, PIXEL, PickSettings(130.0, 30.0)) for p in pictures]
+    plain, fine = (match(prepare(image, bank), bank).value for bank in banks)
+    assert (plain - fine).norm() < 0.02 * plain.norm()
+
+
 def test_inverted_contrast_finds_nothing(rng):
     image = planted(0.5, 1.0, rng, PLACES)
     bank = make_bank(templates(0.5), PIXEL, SHAPE, PIXEL, PickSettings(130.0, 20.0, invert=False))
@@ -92,17 +116,38 @@ def test_local_statistics_are_those_of_the_ring_written_out(rng):
         assert abs(float(ready.sigma[y0, x0]) - float(x[ring].std())) < 0.1
 
 
-def test_ncc_is_the_coefficient_written_out(rng):
-    image = torch.randn(100, 100, generator=rng)
+def test_ncc_is_written_out(rng):
+    """Coefficient of the disc's pixels, the median of their sum of squares over all places added to that sum."""
+    image = torch.randn(100, 100, generator=rng) * torch.linspace(0.5, 2, 100)[:, None]
     bank = make_bank(templates()[:1], PIXEL, (100, 100), PIXEL, PickSettings(100.0, 0.0, angular_step=360, score="ncc"))
     scores = match(prepare(image, bank), bank)
     assert float(scores.value.abs().max()) <= 1
     h = bank.reach
-    kernel = bank.kernels(0, bank.psi)[0]
-    window = normalised(image, True)[40 - h : 40 + h + 1, 55 - h : 55 + h + 1]
+    x = normalised(image, True)
     disc = (torch.arange(-h, h + 1)[:, None] ** 2 + torch.arange(-h, h + 1) ** 2).sqrt() < 10
-    spread = (window[disc] - window[disc].mean()).square().sum().sqrt()
-    assert float(scores.value[40, 55]) == pytest.approx(float((kernel * window).sum() / spread), abs=0.02)
+    windows = x.unfold(0, 2 * h + 1, 1).unfold(1, 2 * h + 1, 1)[..., disc]  # places h … 99 − h
+    sums = (windows - windows.mean(-1, keepdim=True)).square().sum(-1)
+    usual = sums.median()  # those at the edge are much like the others
+    kernel = bank.kernels(0, bank.psi)[0]
+    for y0, x0 in ((40, 55), (75, 30)):
+        window = x[y0 - h : y0 + h + 1, x0 - h : x0 + h + 1]
+        expected = float((kernel * window).sum() / (sums[y0 - h, x0 - h] + usual).sqrt())
+        assert float(scores.value[y0, x0]) == pytest.approx(expected, abs=0.02)
+
+
+def test_faint_likeness_scores_less_than_a_particle(rng):
+    """The same picture at a tenth of the background's contrast has the same coefficient, but is none of our particles."""
+    image = torch.randn(200, 200, generator=rng)
+    picture = templates(1.5)[0]
+    for x0, factor in ((50, 1.0), (150, 0.03)):
+        place = (slice(100 - BOX // 2, 100 + BOX // 2), slice(x0 - BOX // 2, x0 + BOX // 2))
+        image[place] = factor * (0.3 * image[place] - (picture - picture[0, 0]))
+    bank = make_bank(templates()[:1], PIXEL, (200, 200), PIXEL, PickSettings(100.0, 20.0, angular_step=360, score="ncc"))
+    value = match(prepare(image, bank), bank).value
+    scale = bank.grid.scale[1]
+    strong, faint = (float(value[round(100 * scale) - 1 : round(100 * scale) + 2, round(x0 * scale) - 1 : round(x0 * scale) + 2].max())
+                     for x0 in (50, 150))  # fmt: skip
+    assert strong > 0.7 and faint < 0.4 * strong
 
 
 def test_nothing_is_picked_past_the_edge_and_half_particles_are_seen(rng):

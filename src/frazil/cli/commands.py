@@ -1,6 +1,7 @@
 """A function a command, made from the job's parameters when cyclopts asks for it by name (`frazil.cli.commands:refine3d`)."""
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -38,6 +39,7 @@ def command(job: str, action: Action) -> Callable[..., None]:
         listed += [argument(name, field, inspect.Parameter.KEYWORD_ONLY, "run") for name, field in Options.model_fields.items()]
 
     def call(*values: Any, **options: Any) -> None:
+        _collect_garbage()
         given = {**dict(zip(action.positional, values, strict=False)), **options}
         params = validated(action.params, {name: value for name, value in given.items() if name in fields})
         if action.has_run_directory:
@@ -50,6 +52,13 @@ def command(job: str, action: Action) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(listed)  # pyright: ignore[reportFunctionMemberAccess]
     call.__annotations__ = {p.name: p.annotation for p in listed}
     return call
+
+
+def _collect_garbage() -> None:
+    """Have cycles collected from now on, but for what the modules loaded so far are made of, if the collector was off (cli.entry)."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def argument(name: str, field: FieldInfo, kind: Any, level: str = "") -> inspect.Parameter:

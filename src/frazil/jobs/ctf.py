@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from frazil.io.mrc import read_header, write_mrc
 from frazil.io.star import read_star, write_star
 from frazil.jobs.ctf_picture import write_picture
 from frazil.jobs.ctf_report import write_report
-from frazil.jobs.pick_files import Writers, output_names, read_ahead
+from frazil.jobs.pick_files import Spent, Writers, output_names, read_ahead
 from frazil.jobs.run import Run
 from frazil.maths.thon import PolarBins
 from frazil.ops.dispatch import set_threads
@@ -84,7 +84,7 @@ class _Job:
     read: Micrographs  # names of the files that are read
     settings: CtfSettings
     bases: list[str]
-    bins: dict[tuple[Any, ...], PolarBins] = field(default_factory=dict)
+    bins: dict[tuple[Any, ...], PolarBins] = field(default_factory=dict)  # by what they depend on, and device
     bad: dict[int, str] = field(default_factory=dict)  # micrographs that could not be used, and why
 
     def outputs(self, index: int) -> tuple[Path, Path, Path]:
@@ -92,31 +92,42 @@ class _Job:
         base = self.run.path / self.bases[index]
         return tuple(base.with_name(base.name + ending) for ending in (".ctf", "_ctf.png", "_ctf.star"))  # type: ignore[return-value]
 
+    def bins_of(self, key: tuple[Any, ...], device: torch.device | str, make: Callable[[torch.device | str], PolarBins]) -> PolarBins:
+        """The bins for `key` on a device, made once."""
+        whole = (*key, str(device))
+        if whole not in self.bins:
+            self.bins[whole] = make(device)
+        return self.bins[whole]
+
 
 def run(params: Params, run: Run) -> None:
     """Write NAME.ctf, NAME_ctf.png and NAME_ctf.star of every micrograph that is not done, then micrographs_ctf.star and report.html."""
     job = _prepare(params, run)
     total = len(job.table)
     todo = [i for i in range(total) if not (run.resumed and is_done(job.outputs(i)))]
-    on_cpu = run.device.type == "cpu"
-    # A GPU works on one micrograph after the other while threads write files; CPU threads each have a micrograph of their own.
-    workers = max(1, min(run.threads, MOST_WORKERS if on_cpu else 6))
-    writers = Writers(workers, workers if on_cpu else 16)
+    spent = Spent()
+    # CPU threads each have a micrograph of their own. A GPU makes the spectra, one after the other, and leaves what is small to them: a fit
+    # is thousands of steps on few numbers, which a core does as fast, and there are several.
+    workers = max(1, min(run.threads, MOST_WORKERS))
+    writers = Writers(workers, workers)
     before = torch.get_num_threads()
-    if on_cpu:
-        set_threads(1)
+    set_threads(1)
     try:
-        for done, (index, pixels) in enumerate(read_ahead(job.read, todo, run.device), 1):
-            if on_cpu:
+        for done, (index, pixels) in enumerate(spent.waiting("waiting for pixels", read_ahead(job.read, todo, run.device)), 1):
+            if run.device.type == "cpu":
                 writers.submit(_work, job, index, pixels)
-            elif (result := _estimate(job, index, pixels)) is not None:
-                writers.submit(_write, job, index, result)
+            else:
+                writers.submit(_finish, job, index, _measured(job, index, pixels))
+            spent.on("spectra and waiting for fits")
             run.progress(done + total - len(todo), total, "micrographs")
             run.check_stop()
     finally:
         writers.close()
         set_threads(before)
+    spent.on("spectra and waiting for fits")
     _conclude(job)
+    spent.on("report")
+    run.event("seconds", **spent.rounded())
 
 
 def _prepare(params: Params, run: Run) -> _Job:
@@ -190,29 +201,37 @@ def _values(path: Path) -> dict[str, Any]:
 
 def _work(job: _Job, index: int, pixels: Tensor | BadInput) -> None:
     """All of one micrograph."""
-    result = _estimate(job, index, pixels)
-    if result is not None:
-        _write(job, index, result)
+    _finish(job, index, _measured(job, index, pixels))
 
 
-def _estimate(job: _Job, index: int, pixels: Tensor | BadInput) -> CtfResult | None:
-    """The CTF of one micrograph or saved spectrum, recorded; None, and a line why, where it cannot be used."""
+def _measured(job: _Job, index: int, pixels: Tensor | BadInput) -> Spectrum | BadInput:
+    """The spectrum of one micrograph in main memory, or what is wrong with it."""
+    if isinstance(pixels, BadInput):
+        return pixels
+    try:
+        return _spectrum(job, index, pixels)
+    except BadInput as error:
+        return error
+
+
+def _finish(job: _Job, index: int, spectrum: Spectrum | BadInput) -> None:
+    """The CTF of one spectrum, recorded and written; a line why where it cannot be used."""
     start = time.perf_counter()
     try:
-        if isinstance(pixels, BadInput):
-            raise pixels
-        result = estimate_ctf(_spectrum(job, index, pixels), job.table.optics_of(index), job.settings)
+        if isinstance(spectrum, BadInput):
+            raise spectrum
+        result = estimate_ctf(spectrum, job.table.optics_of(index), job.settings)
     except BadInput as error:
         name, said = job.read.names[index], str(error)
         job.bad[index] = said if name in said else f"{name}: {said}"
         job.run.warn(f"left out: {job.bad[index]}")
-        return None
+        return
     _record(job, index, result, time.perf_counter() - start)
-    return result
+    _write(job, index, result)
 
 
 def _spectrum(job: _Job, index: int, pixels: Tensor) -> Spectrum:
-    """Of one micrograph, or as it was saved."""
+    """Of one micrograph, or as it was saved; in main memory."""
     optics, device = job.table.optics_of(index), job.run.device
     shape = (pixels.shape[0], pixels.shape[1])
     if job.params.use_power_spectra:
@@ -220,14 +239,17 @@ def _spectrum(job: _Job, index: int, pixels: Tensor) -> Spectrum:
         pixel = micrograph_header(path)[1]  # of the spectrum itself: after rounding it is not that of the micrograph
         if pixel <= 0.1:
             raise BadInput(f"{path}: its header has no pixel size; run `frazil motion` again")
-        key = (shape, pixel)
-        if key not in job.bins and shape[0] == shape[1] and shape[0] >= LEAST_SIDE:
-            job.bins[key] = saved_bins(shape[0], pixel, job.settings, device)
-        return saved_spectrum(pixels, pixel, job.settings, device, job.bins.get(key))
-    key = (shape, optics.pixel_size)
-    if key not in job.bins and min(shape) >= LEAST_SIDE:
-        job.bins[key] = tile_bins(tile_layout(shape, optics.pixel_size)[0], optics.pixel_size, job.settings, device)
-    return micrograph_spectrum(pixels, optics.pixel_size, job.settings, device, job.bins.get(key))
+        bins = None  # saved_spectrum says what is wrong
+        if shape[0] == shape[1] and shape[0] >= LEAST_SIDE:
+            bins = job.bins_of((shape, pixel), "cpu", lambda where: saved_bins(shape[0], pixel, job.settings, where))
+        return saved_spectrum(pixels.cpu(), pixel, job.settings, "cpu", bins)
+
+    def made(where: torch.device | str) -> PolarBins:
+        return tile_bins(tile_layout(shape, optics.pixel_size)[0], optics.pixel_size, job.settings, where)
+
+    key, able = (shape, optics.pixel_size), min(shape) >= LEAST_SIDE
+    spectrum = micrograph_spectrum(pixels, optics.pixel_size, job.settings, device, job.bins_of(key, device, made) if able else None)
+    return spectrum if device.type == "cpu" else spectrum.on(job.bins_of(key, "cpu", made))
 
 
 def _write(job: _Job, index: int, result: CtfResult) -> None:

@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 import time
+from collections import deque
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
 from frazil.maths.bad_pixels import ORIENTATIONS, gain_match
 from frazil.maths.motion import path_lengths
+from frazil.ops.dispatch import set_threads
 from frazil.steps.motion import MotionResult, MotionSettings, correct_motion
 
 POSITIONAL = ("movies",)
@@ -36,8 +39,9 @@ EXPERT: JsonDict = {"level": "expert"}
 SURE = 8.0  # standard deviations by which another orientation of the gain must be better to stop the job
 GAIN_MOVIES = 5  # looked at until the gain is recognised
 GAIN_FRAMES, GAIN_SIDE = 4, 768  # of the first look: frames, and px of the middle of the field
+BYTES_A_PIXEL = 8  # of a movie that is being corrected: its frames, read ahead and kept, and their transforms
 KEPT_BLOCK, KEPT_FREE = 1 << 28, 1 << 29  # bytes: arrays below the first are cut from memory that is kept, up to the second of it free
-MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD, MALLOC_ARENA_MAX = -1, -3, -8  # of mallopt(3)
 COMMENT = "motion in unbinned px, rlnAccumMotion… in Å"
 
 
@@ -119,14 +123,14 @@ class _Job:
                   "rlnMicrographNameOdd": "_ODD.mrc" if p.even_odd else "", "rlnMicrographMetadata": ".star"}  # fmt: skip
         return {label: root.with_name(root.name + ending) for label, ending in wanted.items() if ending}
 
-    def open(self, index: int) -> Movie:
+    def open(self, index: int, threads: int = 1) -> Movie:
         """The movie, header read."""
         p = self.params
-        return open_movie(self.table.file(index), threads=self.run.threads, grouping=p.eer_grouping, upsampling=p.eer_upsampling)
+        return open_movie(self.table.file(index), threads=threads, grouping=p.eer_grouping, upsampling=p.eer_upsampling)
 
-    def fetch(self, index: int) -> _Movie:
+    def fetch(self, index: int, threads: int) -> _Movie:
         """The movie, decoded where two such movies fit into --memory."""
-        file = self.open(index)
+        file = self.open(index, threads)
         pixels, memory = math.prod(file.shape), self.settings.memory
         # A pixel has one to four bytes: looked up only where it matters.
         size = 4 if 2 * 4 * pixels <= memory else file.load(0, 1).element_size()
@@ -143,31 +147,23 @@ def run(params: Params, run: Run) -> None:
         raise BadInput(f"--patches: columns and rows from 1 to 30, got {params.patches[0]} {params.patches[1]}")
     job = _Job(params, run, table, _settings(params, table))
     _check_names(job)
-    gain = _gain(job)
     failed: dict[str, str] = {}
     waiting = [index for index in range(len(table.names)) if not is_done(job.outputs(index))]
     done = [index for index in range(len(table.names)) if index not in set(waiting)]
-    # One movie is read while the one before it is computed and the one before that is written.
-    with ThreadPoolExecutor(1) as reader, Writer() as writer:
-        ahead = reader.submit(job.fetch, waiting[0]) if waiting else None
-        for number, index in enumerate(waiting, 1):
+    # Movies are read ahead and computed in threads, one that is finished is written while the next ones go on.
+    with Writer() as writer, closing(_results(job, waiting)) as results:
+        for index in waiting:
             run.progress(len(done), len(table.names), "movies")
             run.check_stop()
-            start, fetched = time.perf_counter(), ahead
-            assert fetched is not None
             try:
-                movie = fetched.result()
-                ahead = _read_ahead(job, reader, waiting, number)
-                result = _correct(job, index, movie, gain)
-            except BadInput as error:
-                if ahead is fetched:
-                    ahead = _read_ahead(job, reader, waiting, number)
-                said = str(error)
+                movie, result, seconds = next(results).result()
+            except _LeftOut as left:
+                said = str(left)
                 failed[table.names[index]] = said if table.names[index] in said else f"{table.names[index]}: {said}"
                 run.warn(f"left out: {failed[table.names[index]]}")
                 continue
-            writer.do(partial(_write, job, index, movie.file, result))
-            _record(job, index, movie.file, result, time.perf_counter() - start)
+            writer.do(partial(_write, job, index, movie, result))
+            _record(job, index, movie, result, seconds)
             done.append(index)
     run.progress(len(table.names), len(table.names), "movies")
     if not done:
@@ -182,12 +178,68 @@ def run(params: Params, run: Run) -> None:
     )
 
 
-def _read_ahead(job: _Job, reader: ThreadPoolExecutor, waiting: list[int], number: int) -> Future[_Movie] | None:
-    """The next movie, if there is one, decoded in the background; behind the last one what draws the report is loaded."""
-    if number < len(waiting):
-        return reader.submit(job.fetch, waiting[number])
-    reader.submit(importlib.import_module, "frazil.jobs.motion_report")
-    return None
+class _LeftOut(BadInput):
+    """A movie that cannot be read or corrected; the others go on."""
+
+
+def _results(job: _Job, waiting: list[int]) -> Generator[Future[tuple[Movie, MotionResult, float]], None, None]:
+    """A future a movie, in order: the movie, what came of it, the seconds it took; _LeftOut where it is no good.
+
+    On the CPU movies are computed side by side, as many as --memory holds, each with its share of the threads: torch's own threads have
+    little to do between one small array and the next. Otherwise one after the other, the next being read meanwhile. Raises
+    BadInput where the gain is wrong. Behind the last movie the modules that draw the report are loaded.
+    """
+    workers = _workers(job, waiting)
+    threads = max(1, job.run.threads // workers)
+    gain: Future[Tensor | None] = Future()
+
+    def work(index: int, read: Future[_Movie]) -> tuple[Movie, MotionResult, float]:
+        start = time.perf_counter()
+        try:
+            movie = read.result()
+            flat = gain.result()
+            return movie.file, _correct(job, index, movie, flat), time.perf_counter() - start
+        except BadInput as error:
+            raise _LeftOut(str(error)) from error
+
+    reader, computer = (ThreadPoolExecutor(workers, initializer=set_threads, initargs=(threads,)) for _ in range(2))
+
+    def begin(index: int) -> Future[tuple[Movie, MotionResult, float]]:
+        read[index] = reader.submit(job.fetch, index, threads)
+        return computer.submit(work, index, read[index])
+
+    read: dict[int, Future[_Movie]] = {}
+    ahead = deque(begin(index) for index in waiting[: workers + 1])
+    try:
+        try:
+            gain.set_result(_gain(job, read))
+        except BaseException as error:
+            gain.set_exception(error)
+            raise
+        for index in waiting[len(ahead) :]:
+            read.clear()  # held by those who compute them
+            yield ahead.popleft()
+            begun = begin(index)
+            ahead.append(begun)
+        read.clear()
+        computer.submit(import_module, "frazil.jobs.motion_report")
+        while ahead:
+            yield ahead.popleft()
+    finally:
+        for pool in (reader, computer):
+            pool.shutdown(cancel_futures=True)
+        set_threads(job.run.threads)  # what threads begin with from now on
+
+
+def _workers(job: _Job, waiting: list[int]) -> int:
+    """Movies to compute side by side: with what is kept of their frames and transforms they fit into --memory."""
+    if job.run.device.type != "cpu":
+        return 1
+    for index in waiting:
+        with suppress(BadInput):
+            fit = job.settings.memory // (BYTES_A_PIXEL * math.prod(job.open(index).shape))
+            return max(1, min(job.run.threads, len(waiting), fit))
+    return 1
 
 
 def _keep_memory() -> None:
@@ -197,6 +249,7 @@ def _keep_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MALLOC_ARENA_MAX, 1)  # threads of their own arenas do not keep much
         mallopt(MALLOC_MMAP_THRESHOLD, KEPT_BLOCK)
         mallopt(MALLOC_TRIM_THRESHOLD, KEPT_FREE)
 
@@ -237,8 +290,11 @@ def is_done(outputs: dict[str, Path]) -> bool:
 # ---- gain
 
 
-def _gain(job: _Job) -> Tensor | None:
-    """(H, W) multiplicative gain in the orientation asked for, compared with the first movies. Raises BadInput for a wrong one."""
+def _gain(job: _Job, read: Mapping[int, Future[_Movie]]) -> Tensor | None:
+    """(H, W) multiplicative gain in the orientation asked for, compared with the first movies. Raises BadInput for a wrong one.
+
+    read: the movies that are being read already, by index.
+    """
     p = job.params
     if p.gain is None:
         return None
@@ -251,7 +307,7 @@ def _gain(job: _Job) -> Tensor | None:
     total: Tensor | None = None
     for index in range(min(GAIN_MOVIES, len(job.table.names))):
         try:
-            movie = job.open(index)
+            movie = read[index].result() if index in read else job.open(index)
             first = _sum_of(movie, 0, GAIN_FRAMES)
         except BadInput:
             continue  # named when its turn comes
@@ -270,7 +326,7 @@ def _gain(job: _Job) -> Tensor | None:
     return gain
 
 
-def _sum_of(movie: Movie, start: int, stop: int) -> Tensor:
+def _sum_of(movie: Movie | _Movie, start: int, stop: int) -> Tensor:
     """(H, W) float32 sum of frames start to stop − 1, as far as there are so many."""
     total = torch.zeros(movie.shape[1:])
     for f in range(start, min(stop, movie.shape[0])):

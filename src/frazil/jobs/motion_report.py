@@ -17,6 +17,7 @@ from frazil.jobs.run import Run
 from frazil.maths.motion import local_shift
 
 SHOWN = 24  # tracks drawn one by one: the movies that moved most
+MARGINS = (0.75, 0.55, 0.15, 0.15)  # inches around a plot with labels of ordinary size
 OUTLIER = 4.0  # robust standard deviations of log motion from which a movie is flagged
 CAPTIONS = {
     "tracks": "The movies that moved most. Black: the whole frame from first (dot) to last; colours: local motion at the corners and "
@@ -77,7 +78,7 @@ def plot_tracks(records: Mapping[str, MotionRecord]) -> Figure:
     """A small panel a movie, in Å."""
     columns = min(4, max(1, len(records)))
     rows = max(1, -(-len(records) // columns))
-    figure, axes = new_figure(2.6 * columns + 0.6, 2.5 * rows + 0.4, rows, columns)
+    figure, axes = new_figure(2.9 * columns, 2.7 * rows, rows, columns, (0.6, 0.5, 0.15, 0.3))
     import torch
 
     corners = torch.tensor([[0.1, 0.1], [0.9, 0.1], [0.5, 0.5], [0.1, 0.9], [0.9, 0.9]], dtype=torch.float64)
@@ -103,7 +104,7 @@ def plot_tracks(records: Mapping[str, MotionRecord]) -> Figure:
 @styled
 def plot_frames(records: Mapping[str, MotionRecord]) -> Figure:
     """Steps between frames in Å: each movie thin, the median thick."""
-    figure, axes = new_figure(7, 3.6)
+    figure, axes = new_figure(7, 3.6, margins=MARGINS)
     ax = axes[0, 0]
     steps = [(r.track[1:] - r.track[:-1]).norm(dim=-1).numpy() * _pixel(r) for r in records.values()]
     for one in steps:
@@ -122,7 +123,7 @@ def plot_frames(records: Mapping[str, MotionRecord]) -> Figure:
 @styled
 def plot_motion(motion: pd.DataFrame, flagged: np.ndarray) -> Figure:
     """Path length a movie: all, and its early part."""
-    figure, axes = new_figure(7, 3.4)
+    figure, axes = new_figure(7, 3.4, margins=MARGINS)
     ax = axes[0, 0]
     number = np.arange(1, len(motion) + 1)
     total, early = (motion[f"rlnAccumMotion{part}"].to_numpy(dtype=float) for part in ("Total", "Early"))

@@ -18,7 +18,7 @@ from frazil.data import BadInput
 from frazil.io.coordinates import SCORE, X, Y
 from frazil.io.micrographs import Micrographs, read_micrographs
 from frazil.io.star import write_star
-from frazil.jobs.pick_files import Writers, output_names, picks_table, read_ahead, read_maps, read_picks, write_lists, write_maps
+from frazil.jobs.pick_files import Spent, Writers, output_names, picks_table, read_ahead, read_maps, read_picks, write_lists, write_maps
 from frazil.jobs.pick_pictures import SHOWN, Shown, stretched, write_picture, write_report
 from frazil.jobs.pick_plan import FOM_THRESHOLD, INSIDE, NEARBY, Plan, bank_for, make_plan, prepared_of
 from frazil.jobs.run import Run
@@ -32,6 +32,7 @@ EXPERT: JsonDict = {"level": "expert"}
 ANGSTROM: JsonDict = {"unit": "Å"}
 FINE: JsonDict = {"unit": "Å", "level": "expert"}
 EVERYTHING = 0.4  # share of the area above the threshold from which the threshold means nothing
+WRITERS = 8  # threads: most of what they do (PNG, files) runs beside the device and the other threads
 CROWDED = 1.25  # mean distance over the least one in a picture full of picks
 
 
@@ -54,8 +55,8 @@ class Params(BaseModel):
                                        json_schema_extra=ANGSTROM)  # fmt: skip
     score: Literal["auto", "fom", "ncc"] = Field(
         "auto",
-        description="fom: probability ratio to background, 1 for a perfect match; ncc: correlation coefficient, better where neither CTF "
-        "nor grey scale are known; auto: ncc for --reference without CTF, else fom",
+        description="fom: probability ratio to background, 1 for a perfect match; ncc: correlation coefficient, less where contrast is "
+        "low, better where neither CTF nor grey scale are known; auto: ncc for --reference without CTF, else fom",
     )
     symmetry: str = Field("C1", description="point group of --reference")
     view_step: float = Field(30.0, gt=0, description="angle between views of --reference", json_schema_extra={"unit": "degrees", **EXPERT})
@@ -112,6 +113,7 @@ class Result:
 
 def run(params: Params, run: Run) -> None:
     """Pick every micrograph and write coordinates, pictures and the lists."""
+    spent = Spent()
     micrographs = read_micrographs(params.micrographs, params.pixel_size)
     announce(params, micrographs, run)
     plan = make_plan(params, micrographs, run)
@@ -121,9 +123,11 @@ def run(params: Params, run: Run) -> None:
     gallery = set(np.unique(np.linspace(0, len(micrographs) - 1, SHOWN).round().astype(int)).tolist())
     results = [result_of(i, table) for i, table in finished.items()]
     bad: list[str] = []
-    writers = Writers(max(1, min(6, run.threads)))
+    writers = Writers(max(1, min(WRITERS, run.threads)))
+    spent.on("plan")
     try:
-        for done, (index, found) in enumerate(source(params, plan, micrographs, todo, bases, run), 1):
+        for done, (index, found) in enumerate(source(params, plan, micrographs, todo, bases, run, spent), 1):
+            spent.on("matching")
             if isinstance(found, BadInput):
                 bad.append(str(found))
                 run.warn(f"left out: {found}")
@@ -131,9 +135,13 @@ def run(params: Params, run: Run) -> None:
                 writers.submit(finish, params, plan, micrographs, index, bases[index], found, run, index in gallery)
             run.progress(done + len(finished), len(micrographs), "picking")
             run.check_stop()
+            spent.on("waiting for writers")
     finally:
         writers.close()
+        spent.on("waiting for writers")
     conclude(params, plan, micrographs, bases, sorted([*results, *writers.done], key=lambda r: r.index), bad, run)
+    spent.on("report")
+    run.event("seconds", **spent.rounded())
 
 
 def result_of(index: int, table: pd.DataFrame) -> Result:
@@ -168,10 +176,14 @@ def star_path(folder: Path, base: str) -> Path:
 Found = tuple[Picks, "ScoreMap | None", "Tensor | None", tuple[int, int], float]
 
 
-def source(params: Params, plan: Plan, micrographs: Micrographs, todo: Sequence[int], bases: Sequence[str], run: Run):
+def source(params: Params, plan: Plan, micrographs: Micrographs, todo: Sequence[int], bases: Sequence[str], run: Run, spent: Spent):
     """(index, Found or what was wrong) of each micrograph to do."""
     lowest = lowest_of_interest(plan)
-    limits = (plan.edge, params.max_stddev_noise, params.min_avg_noise, plan.threshold)
+
+    def peaks(scores: ScoreMap) -> Picks:
+        limits = params.max_stddev_noise, params.min_avg_noise
+        return candidates(scores, lowest, plan.edge, *limits, plan.threshold, plan.min_distance)
+
     if params.read_fom:
         for index in todo:
             try:
@@ -179,9 +191,9 @@ def source(params: Params, plan: Plan, micrographs: Micrographs, todo: Sequence[
             except BadInput as error:
                 yield index, error
                 continue
-            yield index, (candidates(scores, lowest, *limits), scores, preview, scores.grid.shape, scores.grid.pixel_size)
+            yield index, (peaks(scores), scores, preview, scores.grid.shape, scores.grid.pixel_size)
         return
-    for index, pixels in read_ahead(micrographs, todo, run.device):
+    for index, pixels in spent.waiting("waiting for pixels", read_ahead(micrographs, todo, run.device)):
         if isinstance(pixels, BadInput):
             yield index, pixels
             continue
@@ -189,12 +201,12 @@ def source(params: Params, plan: Plan, micrographs: Micrographs, todo: Sequence[
         try:
             if plan.blobs:
                 found = blob_map(pixels, size, plan.blobs)
-                scores, picks, preview = None, blob_candidates(found, lowest, plan.edge, plan.threshold), found.preview
+                scores, picks, preview = None, blob_candidates(found, lowest, plan.edge, plan.threshold, plan.min_distance), found.preview
             else:
                 bank = bank_for(params, plan, pixels, size, run)
                 ready = prepared_of(params, micrographs, index, pixels, bank)
                 scores, preview = match(ready, bank), ready.preview
-                picks = candidates(scores, lowest, *limits)
+                picks = peaks(scores)
         except BadInput as error:
             yield index, BadInput(f"{micrographs.names[index]}: {error}")
             continue
@@ -202,9 +214,11 @@ def source(params: Params, plan: Plan, micrographs: Micrographs, todo: Sequence[
 
 
 def lowest_of_interest(plan: Plan) -> float:
-    """Score below the threshold down to which candidates are kept for the report."""
+    """Score below the threshold down to which candidates are kept for the report. A FOM below 0: background explains the place better."""
     assert plan.threshold is not None
-    return plan.threshold - {"fom": 0.5, "ncc": 0.1}.get(plan.score, 1.0)
+    if plan.score == "fom":
+        return min(plan.threshold, 0.0) - 0.1
+    return plan.threshold - {"ncc": 0.1}.get(plan.score, 1.0)
 
 
 def most_picks(plan: Plan, shape: tuple[int, int], pixel_size: float) -> int:
@@ -230,7 +244,7 @@ def finish(params: Params, plan: Plan, micrographs: Micrographs, index: int, bas
         write_maps(maps, scores, preview)
     shown = None
     if preview is not None and (params.pictures or show):
-        grey = stretched(preview.numpy())
+        grey = stretched(preview)
         if params.pictures:
             picture = run.path / "pictures" / f"{base}.png"
             picture.parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from frazil.io.star import first_table, read_star, write_star
 from frazil.maths.tiling import WorkGrid
 from frazil.steps.pick import Picks, ScoreMap
 
+Item = TypeVar("Item")
 AHEAD = 4  # micrographs read before they are needed
 MAPS = {"fom": "value", "psi": "psi", "template": "template", "avgNoise": "mu", "stddevNoise": "sigma"}
 
@@ -33,13 +35,15 @@ def read_ahead(micrographs: Micrographs, wanted: Sequence[int], device: torch.de
     free: list[Tensor] = []
 
     def load(index: int) -> tuple[Tensor, Tensor | None] | BadInput:
-        buffer = free.pop() if free else None
         try:
-            pixels = read_micrograph_into(micrographs.file(index), buffer)
+            file = micrographs.file(index)
+            buffer = free.pop() if free else None
+            if pinned and (buffer is None or buffer.numel() < file.stat().st_size):
+                buffer = torch.empty(file.stat().st_size, dtype=torch.uint8, pin_memory=True)  # slow, so here, beside the device's work
+            pixels = read_micrograph_into(file, buffer)
         except BadInput as error:
             return error
-        shared = buffer is not None and pixels.data_ptr() == buffer.data_ptr()
-        return pixels, buffer if shared else None
+        return pixels, buffer
 
     with ThreadPoolExecutor(AHEAD) as pool:
         waiting: deque[tuple[int, Future[Any]]] = deque()
@@ -55,12 +59,10 @@ def read_ahead(micrographs: Micrographs, wanted: Sequence[int], device: torch.de
                 yield index, found
             else:
                 pixels, buffer = found
-                size = pixels.numel() * pixels.element_size()
-                if pinned:
-                    moved = pixels.to(device, non_blocking=True)
-                    yield index, moved
+                if buffer is not None:
+                    yield index, pixels.to(device, non_blocking=True)
                     torch.cuda.current_stream(device).synchronize()  # the copy is done with the buffer
-                    free.append(buffer if buffer is not None else torch.empty(size, dtype=torch.uint8, pin_memory=True))
+                    free.append(buffer)
                 else:
                     yield index, pixels
             for following in todo:
@@ -144,6 +146,30 @@ def write_lists(folder: Path, rows: Sequence[tuple[str, str, float, int, float]]
         NAME: pd.Series(names, dtype="str"), SCORE: [round(row[2], 6) for row in rows], "rlnGroupNrParticles": [row[3] for row in rows],
         "rlnMicrographPixelSize": [row[4] for row in rows],
     })})  # fmt: skip
+
+
+class Spent:
+    """Seconds that one thread has spent, by what on: where a run's time goes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def on(self, name: str) -> None:
+        """What has passed since the last call was spent on `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def waiting(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The items; the time each took to come was spent on `name`, the rest is left to others."""
+        for item in items:
+            self.on(name)
+            yield item
+
+    def rounded(self) -> dict[str, float]:
+        """For an event."""
+        return {name: round(value, 4) for name, value in self.seconds.items()}
 
 
 class Writers:

@@ -11,9 +11,11 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from frazil.io.files import write_bytes, write_text
 from frazil.jobs import html
@@ -25,6 +27,8 @@ Array = NDArray[np.float64]
 STRETCH = (1.0, 99.0)  # percentiles that become black and white
 GREYS = 255  # palette entries; the last one is the colour of the picks
 COLOUR = (80, 230, 120)
+RUNS = 3  # zlib's Z_RLE: noise holds no repeats to look for, and drawn circles are short; half the time for the same size
+PALETTE = [v for g in range(GREYS) for v in (g, g, g)] + list(COLOUR)
 SHOWN = 24  # micrographs in the gallery
 SIDE = 560  # px of a picture in the gallery
 BINS = 200  # of the table from which the slider counts the picks of all micrographs
@@ -41,29 +45,36 @@ class Shown:
     value: Array  # (n,)
 
 
-def stretched(preview: Array) -> NDArray[np.uint8]:
+def stretched(preview: Tensor) -> NDArray[np.uint8]:
     """(h, w) grey values 0 … 254 of a low-passed micrograph."""
-    sample = preview[::3, ::3].astype(np.float32)
+    values = preview.float()  # by torch: NumPy turns half precision into single one number at a time
+    sample = values[::3, ::3].numpy()
     low, high = np.percentile(sample[np.isfinite(sample)], STRETCH) if sample.size else (0.0, 1.0)
-    scaled = (preview.astype(np.float32) - low) * ((GREYS - 1) / max(high - low, 1e-6))
-    return np.clip(np.nan_to_num(scaled), 0, GREYS - 1).astype(np.uint8)
+    scaled = (values - float(low)).mul_((GREYS - 1) / max(float(high - low), 1e-6))
+    return scaled.nan_to_num_().clamp_(0, GREYS - 1).to(torch.uint8).numpy()
+
+
+def ring(radius: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and columns, from the middle, of the pixels of a circle about two pixels wide."""
+    turn = np.linspace(0, 2 * np.pi, max(16, int(8 * radius)), endpoint=False)
+    lines = [np.rint(np.stack([r * np.sin(turn), r * np.cos(turn)], -1)) for r in (radius, radius - 0.7)]
+    y, x = np.unique(np.concatenate(lines).astype(np.int64), axis=0).T
+    return y, x
 
 
 def write_picture(path: Path, grey: NDArray[np.uint8], xy: Array, shape: tuple[int, int], diameter_px: float) -> None:
     """A PNG of the micrograph with circles of a diameter (px of the micrograph) around picks (n, 2)."""
     scale = grey.shape[1] / shape[1]
     picture = grey.copy()
-    radius = max(2.0, 0.5 * diameter_px * scale)
-    turn = np.linspace(0, 2 * np.pi, max(16, int(8 * radius)), endpoint=False)
-    for r in (radius, radius - 0.7):
-        x = np.rint(xy[:, :1] * scale + r * np.cos(turn)).astype(int)
-        y = np.rint(xy[:, 1:] * scale + r * np.sin(turn)).astype(int)
-        inside = (x >= 0) & (x < grey.shape[1]) & (y >= 0) & (y < grey.shape[0])
-        picture[y[inside], x[inside]] = GREYS
+    dy, dx = ring(max(2.0, 0.5 * diameter_px * scale))
+    middle = np.rint(xy * scale).astype(np.int64)
+    y, x = middle[:, 1:] + dy, middle[:, :1] + dx
+    inside = (x >= 0) & (x < grey.shape[1]) & (y >= 0) & (y < grey.shape[0])
+    picture[y[inside], x[inside]] = GREYS
     image = Image.fromarray(picture)
-    image.putpalette([v for g in range(GREYS) for v in (g, g, g)] + list(COLOUR))
+    image.putpalette(PALETTE)
     buffer = BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
+    image.save(buffer, format="PNG", compress_level=1, compress_type=RUNS)
     write_bytes(path, buffer.getvalue())
 
 

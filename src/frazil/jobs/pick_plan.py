@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from frazil.jobs.pick import Params
 
 SAMPLED = 5  # micrographs from which grey scale and thresholds are found
+CHECKED = 2  # micrographs on which a grey scale that is given is checked
 TAUGHT = 8  # micrographs from which a round profile is learned
 NEARBY = 0.65  # least distance of picks, of the diameter
 INSIDE = 0.1  # least distance of a centre from the edge, of the diameter
@@ -158,13 +159,13 @@ def settle(params: Params, plan: Plan, micrographs: Micrographs, run: Run) -> No
         return
     run.progress(0, 1, "looking at some micrographs")
     prepared: list[tuple[Prepared, Bank]] = []
-    for index, pixels, _ in sample(micrographs, SAMPLED, run.device):
+    for index, pixels, _ in sample(micrographs, CHECKED if filed and plan.threshold is not None else SAMPLED, run.device):
         bank = bank_for(params, plan, pixels, micrographs.optics_of(index).pixel_size, run)
         prepared.append((prepared_of(params, micrographs, index, pixels, bank), bank))
     bank = prepared[0][1]
     alike = [p for p, b in prepared if b is bank]
     if filed:
-        factor = calibrated_scale(alike[:2], bank, plan.min_distance)
+        factor = calibrated_scale(alike[:CHECKED], bank, plan.min_distance)
         if not 1 / FAR_OFF < factor < FAR_OFF:
             times, kind = max(factor, 1 / factor), "weak" if factor > 1 else "strong"
             run.warn(f"the templates are about {times:.1f} times too {kind} for these micrographs (in units of the background's sd), "

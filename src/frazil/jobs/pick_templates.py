@@ -17,7 +17,7 @@ from frazil.io.mrc import read_header, read_stack
 from frazil.io.star import first_table, read_star
 from frazil.jobs.inputs import check_symmetry, read_cube
 from frazil.maths.masks import radii
-from frazil.maths.peaks import highest_apart, local_maxima, split_level
+from frazil.maths.peaks import highest_apart, local_maxima, split_level, thinned
 from frazil.maths.rotation import euler_to_matrix
 from frazil.steps.pick import Bank, Prepared, amplitudes, match
 from frazil.steps.project import prepare_map, project_particles
@@ -126,8 +126,11 @@ def peak_values(score: Tensor, distance: float, edge: int = 2) -> np.ndarray:
     allowed = torch.zeros_like(score, dtype=torch.bool)
     allowed[edge:-edge, edge:-edge] = True
     peaks = local_maxima(score, allowed, 0.0)
-    values = score[peaks[:, 0], peaks[:, 1]].double().cpu().numpy()
-    return values[highest_apart(peaks.cpu().numpy().astype(float), values, distance)]
+    values, order = score[peaks[:, 0], peaks[:, 1]].double().sort(descending=True, stable=True)
+    peaks = peaks[order].double()
+    kept = thinned(peaks, distance)
+    values = values[kept].cpu().numpy()
+    return values[highest_apart(peaks[kept].cpu().numpy(), values, distance)]
 
 
 def _listed(path: Path) -> tuple[Tensor, float]:

@@ -39,11 +39,23 @@ def styled(plot: Callable[P, Figure]) -> Callable[P, Figure]:
     return inside
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Array]:
-    """A figure of so many inches with its axes (rows, columns), drawn off screen."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, margins: tuple[float, float, float, float] | None = None
+) -> tuple[Figure, Array]:
+    """A figure of so many inches with its axes (rows, columns), drawn off screen.
+
+    margins: inches left of, below, right of and above each of the axes. None: as much as their labels need, which takes as long to find
+    out as drawing.
+    """
+    figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    if margins:
+        left, below, right, above = margins
+        wide, high = width / columns - left - right, height / rows - below - above
+        figure.subplots_adjust(left / width, below / height, 1 - right / width, 1 - above / height, (left + right) / wide,
+                               (below + above) / high)  # fmt: skip
+    return figure, axes
 
 
 def frequencies(shells: int, box: int, pixel_size: float) -> Array:

@@ -4,10 +4,11 @@ With A_pf the whitened transform of patch p in frame f after shifts s_pf, h_f(k)
 
     R_p = Σ_f h_f A_pf,    n = Σ_f h_f²,    log p(A | s) = Σ_p Σ_k  s |R_p|² / (1 + s n)  + const
 
-(the unknown image, Gaussian with power s, integrated out). s(k) comes from the movie: Re ⟨h_f A_f* (R − h_f A_f)⟩ = s h_f² (n − h_f²),
-which
-noise does not bias. The shifts are s_pf = g_f + B_pf c: a free track g with a Gaussian prior on its second differences and local motion on
-smooth terms B with a ridge. Newton steps use the expected information; the two prior widths maximise the evidence in its quadratic form.
+(the unknown image, Gaussian with power s, integrated out; noise has the power 1: here, where values have it together with their signal, it
+is what the signal leaves). s(k) comes from the movie: Re ⟨h_f A_f* (R − h_f A_f)⟩ = s h_f² (n − h_f²),
+which noise does not bias. The shifts are s_pf = g_f + B_pf c: a free track g with a Gaussian prior on its second differences and local
+motion on smooth terms B with a ridge. Newton steps use the expected information; the two prior widths maximise the evidence in its
+quadratic form.
 """
 from __future__ import annotations
 
@@ -20,14 +21,16 @@ from torch import Tensor
 
 from frazil.maths.motion import SPACE_TERMS, polynomial_basis, second_differences
 
-TAPER = 0.125  # of a patch's side, at each end, over which it fades
+TAPER = 0.06  # of a patch's side, at each end, over which it fades
 ROUNDS = 10
 SMALL_STEP = 0.01  # px: converged
+LEAST_NOISE = 0.03  # share of noise in the power of the values, at least
 LONGEST_STEP = 3.0  # px a round
 ACCELERATIONS = (0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.7, 1.5, 4.0)  # px, candidates for the sd of second differences of the track
 LOCAL_SIZES = (1e-4, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # px rms of a term of local motion; the first means none
-EARLY = (1.0, 5.0)  # how much livelier the first frames may be
-INFORMATION_KEPT = 0.995  # frequencies beyond which less than the rest of the information lies are left out of later rounds
+EARLY = ((1.0, 0.1), (5.0, 0.1), (5.0, 0.2), (20.0, 0.1), (20.0, 0.2), (20.0, 0.4))  # candidates: how much livelier the first frames are,
+# and the share of the movie after which 1/e of that is left: specimens move fast at first, and ever less
+INFORMATION_KEPT = 0.98  # frequencies beyond which less than the rest of the information lies are left out of later rounds
 
 
 def empty_reduced(count: tuple[int, ...], shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -147,7 +150,7 @@ class Patches:
 def make_patches(ft: Tensor, size: tuple[int, int], track: Tensor, grid: tuple[int, int], finest: float) -> Patches:
     """Cut frames, given as reduced transforms (f, h, w//2+1) and moved by `track` (f, 2), into grid = (columns, rows) patches.
 
-    Frequencies up to `finest` cycles/px of the frame are kept. Patches do not overlap; they fade over an eighth of their side.
+    Frequencies up to `finest` cycles/px of the frame are kept. Patches do not overlap; they fade at their edges (TAPER).
     """
     shape = (ft.shape[1], 2 * (ft.shape[2] - 1))
     columns, rows = grid
@@ -240,9 +243,9 @@ def fit_motion(patches: Patches, left: Tensor, start: Tensor, local: bool, smoot
             break
         if rounds > 2:
             trust = _trust(state, trust)
-            needed = _bins_needed(state, patches)
-            if needed < 0.9 * len(patches.radius):
-                patches, left = patches.below(needed), left[:, :needed]
+        needed = _bins_needed(state, patches)
+        if needed < 0.9 * len(patches.radius):
+            patches, left = patches.below(needed), left[:, :needed]
     assert state is not None
     return _finish(state, basis, theta, prior, rounds)
 
@@ -286,8 +289,9 @@ def _evaluate(patches: Patches, left: Tensor, shifts: Tensor) -> _State:
     places = [torch.unique(k[:, axis], return_inverse=True) for axis in (0, 1)]
     phases = [-2 * math.pi * shifts[..., axis].T[..., None].to(k.device) * places[axis][0].double() for axis in (0, 1)]  # (p, f, …)
     factors = [torch.polar(torch.ones_like(phase), phase).to(torch.complex64) for phase in phases]
+    moved = torch.empty_like(patches.values[0])
     for p, patch in enumerate(patches.values):
-        moved = patch * h
+        torch.mul(patch, h, out=moved)
         for factor, place in zip(factors, places, strict=True):
             moved *= factor[p].index_select(1, place[1])
         total = moved.sum(0)
@@ -296,7 +300,9 @@ def _evaluate(patches: Patches, left: Tensor, shifts: Tensor) -> _State:
     pairs = n1.square() - left.double().pow(4).sum(0)
     counts = torch.bincount(bins, minlength=n_bins).double() * len(patches.values)
     ssnr = _smooth_positive(real / (counts * pairs.clamp(min=1e-12)), counts)
-    weight = ssnr / (1 + ssnr * n1)
+    # Values have the power 1 together with their signal: the rest is noise.
+    noise = (1 - ssnr * squares.mean(0).to(ssnr)).clamp(min=LEAST_NOISE)
+    weight = ssnr / (noise * (noise + ssnr * n1))
     slope = -4 * math.pi * patches.independence * (cross @ (k * weight.to(k)[bins][:, None])).double().cpu()
     k2 = torch.bincount(bins, k.double().square().sum(-1), minlength=n_bins) / 2
     share = 2 * patches.independence * (2 * math.pi) ** 2 * k2 * weight * ssnr
@@ -329,7 +335,7 @@ class _Prior:
     matrix: Tensor  # (m, m) precision
     acceleration: float
     local_size: float
-    early: float
+    early: tuple[float, float]
     frames: int
     patches: int
     gain: float = 0.0
@@ -337,10 +343,10 @@ class _Prior:
     @staticmethod
     def weakest(frames: int, terms: int, patches: int) -> _Prior:
         """Nearly free."""
-        return _Prior.make(frames, terms, patches, ACCELERATIONS[-1], LOCAL_SIZES[-1], 1.0)
+        return _Prior.make(frames, terms, patches, ACCELERATIONS[-1], LOCAL_SIZES[-1], EARLY[0])
 
     @staticmethod
-    def make(frames: int, terms: int, patches: int, acceleration: float, local_size: float, early: float) -> _Prior:
+    def make(frames: int, terms: int, patches: int, acceleration: float, local_size: float, early: tuple[float, float]) -> _Prior:
         """Prior of these widths (px)."""
         matrix = torch.zeros(frames + terms, frames + terms, dtype=torch.float64)
         d = second_differences(frames) / _liveliness(frames, early)[:, None]
@@ -355,34 +361,45 @@ class _Prior:
         return float(-2 * (live * self.acceleration).log().sum() - terms * math.log(self.local_size**2 * self.frames * self.patches))
 
 
-def _liveliness(frames: int, early: float) -> Tensor:
-    """(f − 2,) factor of the second differences' sd: `early` at the start, 1 later on."""
+def _liveliness(frames: int, early: tuple[float, float]) -> Tensor:
+    """(f − 2,) factor of the second differences' sd: early[0] at the start, 1 later on, falling over the share early[1] of the frames."""
     t = torch.arange(max(frames - 2, 0), dtype=torch.float64)
-    return 1 + (early - 1) * torch.exp(-t / max(1.0, 0.08 * frames))
+    return 1 + (early[0] - 1) * torch.exp(-t / max(1.0, early[1] * frames))
 
 
 def _choose_prior(old: _Prior, normal: Tensor, target: Tensor, smooth: bool) -> _Prior:
-    """The widths with the highest evidence, given information and normal · (best unrestrained parameters)."""
+    """The widths with the highest evidence, given information and normal · (best unrestrained parameters).
+
+    First those of the track, with the old one of local motion, then that: the two hardly depend on each other.
+    """
     frames, terms = old.frames, len(normal) - old.frames
     if frames < 4 and not terms:
         return old
+    local = old.local_size if terms else LOCAL_SIZES[0]
     accelerations = ACCELERATIONS if smooth and frames >= 4 else ACCELERATIONS[-1:]
-    widths = list(itertools.product(LOCAL_SIZES if terms else LOCAL_SIZES[:1], accelerations, EARLY if smooth else EARLY[:1]))
-    size, acceleration, early = (torch.tensor(column, dtype=torch.float64) for column in zip(*widths, strict=True))
-    shapes = {value: _Prior.make(frames, 0, old.patches, 1.0, 1.0, value) for value in EARLY}
+    tracks = [(local, *widths) for widths in itertools.product(accelerations, EARLY if smooth else EARLY[:1])]
+    _, acceleration, early = tracks[int(_evidence(tracks, old, normal, target).argmax())]
+    both = [(size, acceleration, early) for size in (LOCAL_SIZES if terms else LOCAL_SIZES[:1])]
+    value = _evidence(both, old, normal, target)
+    best = int(value.argmax())
+    return replace(_Prior.make(frames, terms, old.patches, acceleration, both[best][0], early), gain=float(value[best] - value[0]))
+
+
+def _evidence(widths: list[tuple[float, float, tuple[float, float]]], old: _Prior, normal: Tensor, target: Tensor) -> Tensor:
+    """(n,) log evidence of widths (local size, acceleration, early), all as one batch of small factorisations."""
+    frames, terms = old.frames, len(normal) - old.frames
+    size, acceleration = (torch.tensor([w[i] for w in widths], dtype=torch.float64) for i in (0, 1))
+    shapes = {value: _Prior.make(frames, 0, old.patches, 1.0, 1.0, value) for value in {w[2] for w in widths}}
     matrix = normal.repeat(len(widths), 1, 1)
-    matrix[:, :frames, :frames] += torch.stack([shapes[e].matrix for _, _, e in widths]) / acceleration.square()[:, None, None]
+    matrix[:, :frames, :frames] += torch.stack([shapes[w[2]].matrix for w in widths]) / acceleration.square()[:, None, None]
     precision = 1 / (size.square() * frames * old.patches)
     matrix.diagonal(dim1=1, dim2=2)[:, frames:] += precision[:, None]
     factor = torch.linalg.cholesky(matrix)
     fitted = torch.linalg.solve_triangular(factor, target.expand(len(widths), *target.shape), upper=False).square().sum((1, 2))
-    determinant = torch.tensor([shapes[e].log_determinant() for _, _, e in widths], dtype=torch.float64)
+    determinant = torch.tensor([shapes[w[2]].log_determinant() for w in widths], dtype=torch.float64)
     determinant += -2 * max(frames - 2, 0) * acceleration.log() + terms * precision.log()
     # Two axes share the widths: their determinants count twice.
-    value = determinant - 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * fitted
-    best = widths[int(value.argmax())]
-    prior = _Prior.make(frames, terms, old.patches, best[1], best[0], best[2])
-    return replace(prior, gain=float(value.max() - value[size == LOCAL_SIZES[0]].max()))
+    return determinant - 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * fitted
 
 
 def _trust(state: _State, old: Tensor) -> Tensor:
@@ -412,7 +429,10 @@ def _finish(state: _State, basis: Tensor, theta: Tensor, prior: _Prior, rounds: 
     smooth = state.laplacian + d.T @ d / (2 * prior.acceleration) ** 2 + 1e-9 + 1e-6 * torch.diag(state.laplacian.diagonal())
     smooth = smooth + torch.eye(frames, dtype=torch.float64) * max(1e-9, 1e-3 * float(state.laplacian.diagonal().mean()))
     alone = local + torch.linalg.solve(smooth, state.slope.transpose(0, 1).reshape(frames, -1)).reshape(frames, count, 2)
+    # Terms such as X² have a mean over the field: it belongs to the track.
+    mean = local.mean(1)
+    local, alone, track = local - mean[:, None], alone - mean[:, None], theta[:frames] + mean
     return Fit(
-        theta[:frames] - theta[0], local, alone - alone[:1], state.ssnr.cpu(), error, float(spread.mean().clamp(min=0).sqrt()),
+        track - track[0], local, alone - alone[:1], state.ssnr.cpu(), error, float(spread.mean().clamp(min=0).sqrt()),
         prior.acceleration, prior.local_size, prior.gain, rounds,
     )  # fmt: skip

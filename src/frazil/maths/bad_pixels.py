@@ -8,6 +8,7 @@ from torch import Tensor
 
 FEWEST_GOOD = 7  # good neighbours from which one is drawn; with fewer, a Poisson number of the mean rate
 NEAR_HOT = 2.0  # standard deviations below the threshold from which pixels are compared with their own neighbourhood
+STATISTICS_ROWS = 512  # at least, of which mean and sd are taken: of a million pixels they are known to a thousandth
 DEAD_FROM = 20.0  # mean counts of a pixel from which one without any is dead
 
 
@@ -20,13 +21,15 @@ def find_bad_pixels(total: Tensor, given: Tensor, sigma: float = 6.0) -> tuple[T
     """
     bad = given.clone()
     mean, sd = 0.0, 0.0
+    rows = slice(None, None, max(1, len(total) // STATISTICS_ROWS))
     for _ in range(2):
-        count = total.numel() - int(bad.sum())
+        some, left_out = total[rows], bad[rows]
+        count = some.numel() - int(left_out.sum())
         if not count:
             return bad, bad & ~given, 0.0
-        good = total.masked_fill(bad, 0)
+        good = some.masked_fill(left_out, 0)
         mean = float(good.sum()) / count
-        good.sub_(mean).masked_fill_(bad, 0)
+        good.sub_(mean).masked_fill_(left_out, 0)
         sd = (float(good.square_().sum()) / count) ** 0.5
         bad |= total > mean + sigma * sd
     bad |= (total <= 0) & (mean > DEAD_FROM)

@@ -8,6 +8,8 @@ z = frame − first frame; coefficients (2, 18) for x and y in RELION's order, i
 """
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -101,6 +103,20 @@ def interpolate_groups(values: Tensor, starts: list[int], frames: int) -> Tensor
     left = (torch.searchsorted(centre, t, right=True) - 1).clamp(0, len(centre) - 2)
     share = ((t - centre[left]) / (centre[left + 1] - centre[left]))[:, None].to(values)
     return values[left] * (1 - share) + values[left + 1] * share
+
+
+def full_phases(size: tuple[int, int], shift: Tensor) -> tuple[Tensor, Tensor]:
+    """((H, 1), (1, W//2+1)) factors that move a frame by `shift` (2,) xy px; Nyquist keeps its real part only, so that images stay real."""
+    height, width = size
+    ky = torch.fft.fftfreq(height, dtype=torch.float64, device=shift.device)
+    kx = torch.fft.rfftfreq(width, dtype=torch.float64, device=shift.device)
+    angles = (-2 * math.pi * shift[1].double() * ky[:, None], -2 * math.pi * shift[0].double() * kx[None])
+    y, x = (torch.polar(torch.ones_like(angle), angle).to(torch.complex64) for angle in angles)
+    if height % 2 == 0:
+        y[height // 2] = y[height // 2].real.to(y.dtype)
+    if width % 2 == 0:
+        x[:, -1] = x[:, -1].real.to(x.dtype)
+    return y, x
 
 
 def path_lengths(track: Tensor, dose: float, before: float = 0.0, cutoff: float = 4.0) -> tuple[float, float, float]:

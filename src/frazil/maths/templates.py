@@ -31,6 +31,13 @@ def mask_templates(images: Tensor, pixel_size: float, diameter: float) -> Tensor
     return (images - level) * soft_edge(r, max(radius - edge, 1.0), edge)
 
 
+def lowpass_templates(images: Tensor, pixel_size: float, finest: float) -> Tensor:
+    """(t, N, N) without what is finer than `finest` Å: sampled on a coarser grid it would come back as coarse detail that is not there."""
+    n = images.shape[-1]
+    k2 = torch.fft.fftfreq(n, pixel_size, device=images.device).square()[:, None] + torch.fft.rfftfreq(n, pixel_size).to(images).square()
+    return torch.fft.irfft2(torch.fft.rfft2(images) * (k2 <= finest**-2), s=(n, n))
+
+
 def turned_templates(images: Tensor, pixel_size: float, work_pixel: float, psi: Tensor, reach: int) -> Tensor:
     """(t, r, 2h+1, 2h+1): templates (t, N, N) turned by psi (r,) degrees, on work pixels, centre in the middle, h = `reach`.
 

@@ -12,6 +12,9 @@ import logging
 import os
 import sys
 import tempfile
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -62,6 +65,7 @@ def threads() -> int:
 
 def numba_threads(numba) -> int:
     """Make Numba follow `threads()`; returns the number it will use (never more than Numba was started with)."""
+    _skip_blas(numba.__name__)
     wanted = threads()
     n = min(wanted, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(n)
@@ -70,9 +74,16 @@ def numba_threads(numba) -> int:
     return n
 
 
+@cache
+def _skip_blas(numba: str) -> None:
+    """Keep Numba from loading scipy.linalg, 0.1 s, to see whether there is a BLAS: there is, and no kernel of ours calls it."""
+    with suppress(Exception):
+        setattr(import_module(f"{numba}.np.linalg"), "ensure_blas", lambda: None)  # noqa: B010 (a module has no such attribute for pyright)
+
+
 def _refuse_workqueue() -> None:
-    numba = sys.modules.get("numba")
-    layer = numba.config.THREADING_LAYER if numba else os.environ.get("NUMBA_THREADING_LAYER")
+    config = getattr(sys.modules.get("numba"), "config", None)  # another thread may be in the middle of importing it
+    layer = config.THREADING_LAYER if config else os.environ.get("NUMBA_THREADING_LAYER")
     if layer == "workqueue" and threads() > 1:
         raise RuntimeError("Numba's workqueue layer aborts when two threads use it: unset NUMBA_THREADING_LAYER, or use one thread")
 

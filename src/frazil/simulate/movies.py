@@ -95,6 +95,11 @@ class SimulatedMovie:
         return torch.fft.rfft2(s.ice * white) * keep * torch.exp(-2j * math.pi * (kx * dx + ky * dy))
 
 
+def relativistic_mass(voltage: float) -> float:
+    """γ = 1 + eV/mc² of an electron; voltage in kV. Scattering factors are tabled for electrons at rest, phases grow with it."""
+    return 1 + voltage / 510.99895
+
+
 def drift_track(settings: MovieSettings) -> Tensor:
     """(f, 2) float64 px: a drift that slows down and bends, `drift_px` long from the first frame to the last."""
     rng = torch.Generator().manual_seed(settings.seed + 5)
@@ -139,7 +144,7 @@ def simulate_movie(source: Volume, optics: Optics, settings: MovieSettings) -> S
     place = _places(settings.particles, size, box, rng)
     rotation = random_rotations(max(settings.particles, 1), rng)[: settings.particles]
     item = replace(optics, box=box)
-    scale = wavelength(optics.voltage) * optics.pixel_size  # radians of phase of one voxel: λ ρ a
+    scale = relativistic_mass(optics.voltage) * wavelength(optics.voltage) * optics.pixel_size  # radians of phase of one voxel: γ λ ρ a
     stamps = torch.empty(settings.particles, box, box)
     shells = torch.fft.fftfreq(box, optics.pixel_size)[:, None].square() + torch.fft.rfftfreq(box, optics.pixel_size).square()
     # Smooth protein against smooth ice: what remains of the contrast at low resolution; details keep theirs.

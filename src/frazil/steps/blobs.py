@@ -18,7 +18,19 @@ from torch import Tensor
 from frazil.maths.masks import radii
 from frazil.maths.peaks import highest_apart, local_maxima, refine_peaks
 from frazil.maths.tiling import WorkGrid, half_plane, on_micrograph, transform, work_grid
-from frazil.steps.pick import Picks, PickSettings, ScoreMap, blank_border, candidates, make_bank, match, normalised, prepare, preview
+from frazil.steps.pick import (
+    Picks,
+    PickSettings,
+    ScoreMap,
+    blank_border,
+    candidates,
+    make_bank,
+    match,
+    normalised,
+    picking_grid,
+    prepare,
+    preview,
+)
 
 FRACTIONS = (1 / 5, 1 / 4, 1 / 3, 1 / 2, 1.0)  # of the smallest diameter, which are tried
 MULTIPLES = (1.0, 2.0, 3.0, 4.0, 5.0)  # of the largest
@@ -78,11 +90,15 @@ def blob_map(micrograph: Tensor, pixel_size: float, settings: BlobSettings) -> B
     return BlobMap(grid, (best - chosen.mean()) / chosen.std().clamp(min=1e-30), diameter, in_range, blank_border(micrograph), shown)
 
 
-def blob_candidates(found: BlobMap, threshold: float, edge: float, level: float | None = None) -> Picks:
-    """Local maxima ≥ threshold whose best diameter is in range, at least `edge` Å from the border; `size` is the best diameter."""
+def blob_candidates(found: BlobMap, threshold: float, edge: float, level: float | None = None, distance: float = 0.0) -> Picks:
+    """Local maxima ≥ threshold whose best diameter is in range, at least `edge` Å from the border; `size` is the best diameter.
+
+    `level`, `distance`: as in steps.pick.candidates.
+    """
     zero = torch.zeros_like(found.value)
     value = torch.where(found.in_range, found.value, torch.full_like(found.value, -torch.inf))
-    picks = candidates(ScoreMap(found.grid, value, zero, zero.to(torch.int16), zero, zero, found.border), threshold, edge, level=level)
+    scores = ScoreMap(found.grid, value, zero, zero.to(torch.int16), zero, zero, found.border)
+    picks = candidates(scores, threshold, edge, level=level, distance=distance)
     scale = torch.tensor(found.grid.scale)
     row, column = (picks.xy.flip(-1) * scale).round().long().unbind(-1)
     h, w = found.diameter.shape
@@ -120,7 +136,7 @@ def _learn(micrographs: Sequence[Tensor], pixel_size: float, settings: BlobSetti
     diameter = MARGIN * settings.max_diameter
     plan = PickSettings(diameter, settings.lowpass, 360.0, "ncc", settings.invert)
     shape = _shape(micrographs[0])
-    side = 2 * math.ceil(1.1 * diameter / (2 * work_grid(shape, pixel_size, settings.lowpass, diameter).work_pixel)) + 4
+    side = 2 * math.ceil(1.1 * diameter / (2 * picking_grid(shape, pixel_size, settings.lowpass, diameter).work_pixel)) + 4
     blank = torch.eye(side, device=micrographs[0].device)[None]
     bank = make_bank(blank, pixel_size, shape, pixel_size, plan)
     prepared = [prepare(m, bank) for m in micrographs]
@@ -135,7 +151,7 @@ def _learn(micrographs: Sequence[Tensor], pixel_size: float, settings: BlobSetti
         bank = make_bank(template, work_pixel, shape, pixel_size, plan)
         values = []
         for i, p in enumerate(prepared):
-            found = candidates(match(p, bank), 0.0, 0.5 * diameter)
+            found = candidates(match(p, bank), 0.0, 0.5 * diameter, distance=SPACING * settings.min_diameter)
             kept = blobs_apart(found, settings, pixel_size)[: number[i]]
             places[i] = found.xy[kept].flip(-1).float() * torch.tensor(bank.grid.scale)
             values.append(found.value[kept])

@@ -190,6 +190,7 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     clock = Clock(job.engine.device)
     with clock("reference"):  # once for accuracies, E-step and signal power
         volumes = reference_volumes(classes_of(model, live), size, job.engine)
+        tau2 = job.form.power(volumes, model.box, job.engine.pad).cpu()
     with clock("accuracies"):
         accuracy = accuracies(job, state, size, cc, (live, volumes))
     best = accuracy.amin(0).tolist()
@@ -203,13 +204,14 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     before = replace(state, progress=progress, sampling=sampling, model=classes_of(model, live), particles=numbered, accuracy=accuracy)
     assigned = None if cc or state.assigned is None else at_live_classes(state.assigned, live, model.classes)
     statistics, poses, seconds = expect(job, before, assigned, cc, volumes)
+    del volumes  # the M-step wants the memory
     poses = replace(poses, klass=live[poses.klass])
     moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(sampling.group))
     progress = after_changes(progress, *moved, sampling, float((poses.klass != state.poses.klass).double().mean()))
     particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
     after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None)
     with clock("M-step"):
-        after = maximize(job, after, statistics, cc, volumes)
+        after = maximize(job, after, statistics, cc, tau2)
         full = copied(after.model, model.classes) if seeds else spread(after.model, live, model.classes)
         full = job.world.agree(full, but=("maps",) if job.form.each_its_own else ())
         after = replace(after, model=full, unmasked=all_unmasked(after.unmasked, live, full, seeds))
@@ -318,15 +320,14 @@ def expect(
     return world.total(statistics), world.gather(poses, n), seconds
 
 
-def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc: bool, volumes: Tensor) -> ClassifyState:
-    """The M-step: parameters, maps and spectra of the state's classes (spec 3.6); `statistics` are used up, volumes: the references'."""
+def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc: bool, tau2: Tensor) -> ClassifyState:
+    """The M-step: parameters, maps and spectra of the state's classes (spec 3.6) with the references' τ²; `statistics` are used up."""
     p, model, progress = job.params, state.model, state.progress
     box, pixel_size = model.box, model.pixel_size
     particles = state.particles
     per_micrograph = torch.bincount(particles.micrograph, minlength=len(particles.micrographs)).double()
     boxes = [o.box for o in particles.optics]
     updated = update_parameters(model, statistics, boxes, per_micrograph, cc=cc, norm=p.norm, scale=p.scale)
-    tau2 = job.form.power(volumes, box, job.engine.pad).cpu()
     made = job.form.reconstruct(job, state, statistics, p.tau_fudge * tau2)
     maps, ssnr = made.maps, made.data_vs_prior
     if cc:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ TILE = 1440.0  # Å, side of the tiles: rings of 6 µm at 4 Å are still told ap
 SHARE, LEAST_TILE = 0.62, 900.0  # of a small micrograph's side, and Å: smaller tiles, so that there are several
 TAPER = 0.1  # share of a tile's side over which its edges fall off
 OVERLAP = 0.5
+ON_CPU, ON_GPU = 1, 8  # tiles transformed at a time; on a CPU a tile fits the cache
 LEAST_SIDE = 128  # px of a micrograph or a power spectrum
 SHOWN = 2.85  # Å, end of the curves; RELION's and our saved spectra end at 2.8
 CROSS = 3  # elements beside the axes that are left out: edges of tiles, lines of the detector
@@ -87,6 +88,11 @@ class Spectrum:
     def power(self) -> Tensor:
         """(s, r) mean over the tiles."""
         return self.tiles.mean(0)
+
+    def on(self, bins: PolarBins) -> Spectrum:
+        """The same where these bins are, which are its own on another device."""
+        device = bins.count.device
+        return replace(self, tiles=self.tiles.to(device), bins=bins, lags=self.lags.to(device), picture=self.picture.to(device))
 
 
 @dataclass(frozen=True)
@@ -156,23 +162,29 @@ def micrograph_spectrum(
     n, width = _cropped(side, pixel_size)
     edge = _soft_edges(side, image.device)
     keep = torch.cat([torch.arange(n // 2), torch.arange(side - n // 2, side)]).to(image.device)
-    tiles, place = [], []
+    window = edge[:, None] * edge
+    nothing = 1e-8 * float(window.square().sum())  # that share of noise's power is rounding: tiles of one value are left out
+    together = ON_CPU if image.device.type == "cpu" else ON_GPU
+    corners = [(y, x) for y in rows for x in columns]
+    parts, means = [], []
     total = torch.zeros(n, n // 2 + 1, device=image.device)
-    for y in rows:
-        for x in columns:
-            tile = image[y : y + side, x : x + side]
-            ft = torch.fft.rfft((tile - tile.mean()) * edge[:, None] * edge)[:, : n // 2 + 1]
-            power = torch.view_as_real(torch.fft.fft(ft, dim=0)[keep]).square().sum(-1)
-            polar = polar_mean(power, bins)
-            scale = 1 / float((polar * bins.count).sum() / bins.count.sum()) if bool((polar > 0).any()) else 0.0
-            if scale == 0:
-                continue  # a tile of nothing but one value
-            tiles.append(polar * scale)
-            total += power * scale
-            place.append([(x + side / 2 - image.shape[1] / 2) * pixel_size, (y + side / 2 - image.shape[0] / 2) * pixel_size])
+    for start in range(0, len(corners), together):
+        tile = torch.stack([image[y : y + side, x : x + side] for y, x in corners[start : start + together]])
+        ft = torch.fft.rfft((tile - tile.mean((1, 2), keepdim=True)) * window)[..., : n // 2 + 1]
+        power = torch.view_as_real(torch.fft.fft(ft, dim=1)[:, keep]).square().sum(-1)
+        polar = polar_mean(power, bins)
+        mean = (polar * bins.count).sum((1, 2)) / bins.count.sum()
+        scale = torch.where(mean > nothing, 1 / mean, 0.0)[:, None, None]
+        parts.append(polar * scale)
+        means.append(mean)
+        total += (power * scale.float()).sum(0)
+    live = torch.cat(means) > nothing
+    tiles = torch.cat(parts)[live]
+    corner = torch.tensor(corners, dtype=torch.float64)[live.cpu()]
+    place = (corner + side / 2 - torch.tensor(image.shape) / 2).flip(-1) * pixel_size
     lags = _autocorrelation(edge)
     picture, picture_pixel = _picture(total / len(tiles), side * pixel_size, settings.box)
-    return Spectrum(torch.stack(tiles), torch.tensor(place, dtype=torch.float64), bins, lags, pixel_size, picture, picture_pixel)
+    return Spectrum(tiles, place, bins, lags, pixel_size, picture, picture_pixel)
 
 
 def _soft_edges(side: int, device: torch.device) -> Tensor:

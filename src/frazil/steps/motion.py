@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from frazil.data import BadInput, Optics
 from frazil.maths.align import Fit, correlate_track, crop_reduced, empty_reduced, fit_motion, make_patches, reduced_transform, shift_phases
 from frazil.maths.bad_pixels import Repair, find_bad_pixels
 from frazil.maths.dose import damage, dose_weights, frame_exposures
-from frazil.maths.motion import TERMS, fit_polynomial, interpolate_groups, remove_spikes, total_shift
+from frazil.maths.motion import TERMS, fit_polynomial, full_phases, interpolate_groups, remove_spikes, total_shift
 from frazil.ops.warp import spline_transfer, tile_centres, warp_sum_
 
 CHUNK_BYTES = 1 << 28  # of frames read at a time, if a pixel is a byte
@@ -97,30 +98,42 @@ class _Source:
         self.repair: Repair | None = None
         self.kept: list[Tensor] = []
         self.memory = settings.memory
+        self.beside = 0  # bytes of transforms that are kept at the same time
         self.step = max(1, CHUNK_BYTES // (self.height * self.width))
 
     def chunks(self, first_pass: bool = False) -> Iterator[tuple[int, Tensor]]:
         """(index of the first frame, (m, H, W) frames) in order."""
-        keep = False
-        for number, start in enumerate(range(0, self.n, self.step)):
-            if not first_pass and self.kept:
-                yield start, self.kept[number]
-                continue
-            part = self.frames.load(start, min(start + self.step, self.n)).to(self.device)
+        if self.kept and not first_pass:
+            yield from zip(range(0, self.n, self.step), self.kept, strict=True)
+            return
+        for start, part in self._loaded():
             if first_pass:
-                keep = part.numel() // len(part) * part.element_size() * self.n <= self.memory
-                if keep:
+                size = part.numel() // len(part) * part.element_size() * self.n
+                if size <= self.memory and size + self.beside <= 2 * self.memory:
                     self.kept.append(part)
             elif self.repair is not None:
                 self.repair.apply_(part, start)
             yield start, part
 
+    def _loaded(self) -> Iterator[tuple[int, Tensor]]:
+        """Frames from the file, on the device; while some are worked on the next ones are decoded and sent there."""
+
+        def load(start: int) -> Tensor:
+            return self.frames.load(start, min(start + self.step, self.n)).to(self.device)
+
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(load, 0)
+            for start in range(0, self.n, self.step):
+                part = ahead.result()
+                if start + self.step < self.n:
+                    ahead = reader.submit(load, start + self.step)
+                yield start, part
+
     def use(self, repair: Repair) -> None:
         """Replace bad pixels from now on."""
         self.repair = repair
-        for number, start in enumerate(range(0, self.n, self.step)):
-            if self.kept:
-                repair.apply_(self.kept[number], start)
+        for number, part in enumerate(self.kept):
+            repair.apply_(part, number * self.step)
 
 
 def correct_motion(
@@ -135,6 +148,8 @@ def correct_motion(
     device = torch.device(device)
     source = _Source(frames, settings, device)
     n, height, width = frames.shape
+    shape = _reduced_shape(source, optics, settings)
+    source.beside = 4 * n * shape[0] * shape[1]
     total, means = _add_up(source)
     observed, notes = usable_frames(means, total)
     flat = torch.ones(height, width, device=device) if gain is None else gain.to(device)
@@ -144,7 +159,7 @@ def correct_motion(
     source.use(Repair.make(bad, level, seed, 4 if settings.wide_repair else 2))
     flat = torch.where(bad, torch.ones_like(flat), flat).contiguous()
     exposure = frame_exposures(n, settings.dose, settings.pre_exposure)
-    reduced = _reduce(source, flat, optics, settings)
+    reduced = _reduce(source, flat, shape)
     seen = reduced if bool(observed.all()) else reduced[observed]
     track, patches_local, fit, starts = _align(seen, exposure[observed], (height, width), optics, settings)
     track, patch_shifts = (spread(values, observed) for values in (track, patches_local[0]))
@@ -190,23 +205,20 @@ def usable_frames(means: Tensor, total: Tensor) -> tuple[Tensor, list[str]]:
 
 def _even_size(share: float, side: int) -> int:
     """Even side, with small prime factors, of a transform cropped to `share` of the frequencies of `side` px."""
-    wanted = math.ceil(share * side / 2) * 2
-    for n in range(wanted, side + 1, 2):
-        rest = n
-        for prime in (2, 3, 5, 7):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return n
-    return side // 2 * 2
+    smooth = (n for n in range(math.ceil(share * side / 2) * 2, side + 1, 2) if 210**16 % n == 0)  # no prime factor beyond 7
+    return next(smooth, side // 2 * 2)
 
 
-def _reduce(source: _Source, flat: Tensor, optics: Optics, settings: MotionSettings) -> Tensor:
-    """(n, h, w//2+1) reduced transforms of the corrected frames: what alignment and power spectra need."""
+def _reduced_shape(source: _Source, optics: Optics, settings: MotionSettings) -> tuple[int, int]:
+    """Rows and columns of the image whose transform holds the frequencies that alignment and power spectra need."""
     share = 2 * min(0.25, optics.pixel_size / settings.finest)
     if settings.spectrum_size:
         share = max(share, min(1.0, optics.pixel_size / SPECTRUM_PIXEL))
-    shape = (_even_size(share, source.height), _even_size(share, source.width))
+    return _even_size(share, source.height), _even_size(share, source.width)
+
+
+def _reduce(source: _Source, flat: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(n, h, w//2+1) reduced transforms of the corrected frames."""
     out = empty_reduced((source.n,), shape, source.device)
     values = torch.empty_like(flat)
     for start, part in source.chunks():
@@ -323,20 +335,6 @@ def _sum_shifted(source: _Source, flat: Tensor, track: Tensor, weights: dict[str
     return out
 
 
-def full_phases(size: tuple[int, int], shift: Tensor) -> tuple[Tensor, Tensor]:
-    """((H, 1), (1, W//2+1)) factors that move a frame by `shift` (2,) xy px; Nyquist keeps its real part only, so that images stay real."""
-    height, width = size
-    ky = torch.fft.fftfreq(height, dtype=torch.float64, device=shift.device)
-    kx = torch.fft.rfftfreq(width, dtype=torch.float64, device=shift.device)
-    angles = (-2 * math.pi * shift[1].double() * ky[:, None], -2 * math.pi * shift[0].double() * kx[None])
-    y, x = (torch.polar(torch.ones_like(angle), angle).to(torch.complex64) for angle in angles)
-    if height % 2 == 0:
-        y[height // 2] = y[height // 2].real.to(y.dtype)
-    if width % 2 == 0:
-        x[:, -1] = x[:, -1].real.to(x.dtype)
-    return y, x
-
-
 def _sum_warped(source: _Source, flat: Tensor, track: Tensor, coefficients: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Frames interpolated by cubic splines into sums of the leading singular vectors of the weights."""
     height, width, device = source.height, source.width, source.device
@@ -423,9 +421,10 @@ def power_spectrum(
     total, summed, moved = torch.zeros_like(reduced[0].real), torch.empty_like(reduced[0]), torch.empty_like(reduced[0])
     frames = observed.nonzero()[:, 0].tolist()
     for start in range(0, len(frames), group):
-        summed.zero_()
-        for f in frames[start : start + group]:
-            y, x = shift_phases(shape, size, track[f].to(reduced.device))
+        first, *others = frames[start : start + group]
+        summed.copy_(reduced[first])  # the group is moved onto its first frame: |Σ| is that of any other common place
+        for f in others:
+            y, x = shift_phases(shape, size, (track[f] - track[first]).to(reduced.device))
             summed.addcmul_(torch.mul(reduced[f], x, out=moved), y)
         total += summed.abs()
     target = max(pixel_size, SPECTRUM_PIXEL)

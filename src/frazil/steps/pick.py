@@ -6,8 +6,9 @@ A: template, ⟨·⟩ = sum over the mask's pixels / their number, C = ⟨x A⟩
     D = ⟨A²⟩ − 2 (C − mu ⟨A⟩)/sigma,    R = exp(−D/2),    FOM = (R − 1)/(exp(⟨A²⟩/2) − 1)
 
 so FOM is 1 for the template itself, 0 where background is as likely. mu and sigma are of the unfiltered micrograph: FOM does not depend
-on the low-pass. `ncc`: correlation coefficient of template and micrograph under the mask, in [−1, 1]. At the edge of a micrograph sums go
-over what is visible. Best angle and template are found by ops.correlate on tiles (overlap-save), so memory is bounded.
+on the low-pass. `ncc`: correlation of template and micrograph under the mask over sqrt(S + median of S), S: the micrograph's sum of squares
+there. That is the correlation coefficient, in [−1, 1], brought down where contrast is low. At the edge of a micrograph sums go over what is
+visible. Best angle and template are found by ops.correlate on tiles (overlap-save), so memory is bounded.
 """
 from __future__ import annotations
 
@@ -21,17 +22,19 @@ from torch import Tensor
 from frazil.data import Optics
 from frazil.maths.ctf import ctf
 from frazil.maths.masks import soft_edge
-from frazil.maths.peaks import local_maxima, refine_peaks
-from frazil.maths.templates import is_round, mask_templates, template_reach, turned_templates
+from frazil.maths.peaks import local_maxima, refine_peaks, thinned
+from frazil.maths.templates import is_round, lowpass_templates, mask_templates, template_reach, turned_templates
 from frazil.maths.tiling import Tiling, WorkGrid, frequencies, half_plane, joined, on_micrograph, tile_axis, tiles_ft, transform, work_grid
 from frazil.ops.correlate import correlate_max_
 
 CLIP = 8.0  # standard deviations beyond which a pixel is dust and becomes 0
+OVERSAMPLED = 1.5  # samples of the work grid over what the low-pass needs (docs/steps/pick.md: recall against this)
 RING = 1.4  # outer radius of the ring of local statistics, of the particle's radius
 LONGEST_TILE = {"cpu": 400, "cuda": 1200}  # work pixels: on a CPU a batch of transforms should stay in the cache
 CTF_POINTS = 1 << 21  # evaluated at a time
 STATS_FLOOR = 1e-3  # sigma below this is a dead area
 REPEATED = 0.2  # of the usual change from line to line: below, a line is a copy
+MANY = 50_000  # maxima of a score map
 PREVIEW = 1024  # px, longest side of a picture
 
 
@@ -125,7 +128,7 @@ class ScoreMap:
 
 @dataclass(frozen=True)
 class Picks:
-    """Candidates of a micrograph, in no order."""
+    """Candidates of a micrograph, best first."""
 
     xy: Tensor  # (n, 2) float64, px of the micrograph
     value: Tensor  # (n,)
@@ -135,11 +138,17 @@ class Picks:
     size: Tensor | None = None  # (n,) Å, the best diameter (LoG)
 
 
+def picking_grid(shape: tuple[int, int], pixel_size: float, lowpass: float, margin: float) -> WorkGrid:
+    """The work grid of micrographs (y, x) px, finer than the low-pass needs: with Nyquist at its end peaks between pixels are missed."""
+    return work_grid(shape, pixel_size, lowpass / OVERSAMPLED, margin)
+
+
 def make_bank(templates: Tensor, pixel_size: float, shape: tuple[int, int], micrograph_pixel: float, settings: PickSettings) -> Bank:
     """The bank of templates (t, N, N) of `pixel_size`, white on black, for micrographs (y, x) px of `micrograph_pixel`; on their device."""
-    grid = work_grid(shape, micrograph_pixel, settings.lowpass, 0.5 * RING * settings.diameter)
+    grid = picking_grid(shape, micrograph_pixel, settings.lowpass, 0.5 * RING * settings.diameter)
     reach = template_reach(settings.diameter, grid.work_pixel)
-    masked = mask_templates(templates.float(), pixel_size, settings.diameter)
+    finest = max(settings.lowpass, 2 * grid.work_pixel)
+    masked = lowpass_templates(mask_templates(templates.float(), pixel_size, settings.diameter), pixel_size, finest)
     longest = LONGEST_TILE.get(masked.device.type, LONGEST_TILE["cuda"])
     tiles = (tile_axis(grid.visible[0], reach, longest), tile_axis(grid.visible[1], reach, longest))
     n = max(1, round(360 / settings.angular_step))
@@ -295,11 +304,13 @@ def amplitudes(prepared: Prepared, bank: Bank) -> Tensor:
 
 
 def candidates(
-    scores: ScoreMap, threshold: float, edge: float, max_deviation: float = -1.0, min_mean: float = -999.0, level: float | None = None
+    scores: ScoreMap, threshold: float, edge: float, max_deviation: float = -1.0, min_mean: float = -999.0, level: float | None = None,
+    distance: float = 0.0,
 ) -> Picks:
     """Local maxima ≥ threshold, ≥ `edge` Å from the border, where sigma ≤ max_deviation (≤ 0: any) and mu ≥ min_mean.
 
-    `area` is the share of the searched area that is above `level` (the threshold if not given).
+    `area` is the share of the searched area that is above `level` (the threshold if not given). Of maxima nearer than `distance` Å to each
+    other those may be missing that maths.peaks.highest_apart would not accept at that distance.
     """
     h, w = scores.value.shape
     rows = torch.arange(h, device=scores.value.device) / scores.grid.scale[0]
@@ -312,14 +323,22 @@ def candidates(
         allowed = allowed & (scores.sigma <= max_deviation)
     allowed = allowed & (scores.mu >= min_mean)
     peaks = local_maxima(scores.value, allowed, threshold)
-    area = float((allowed & (scores.value >= (threshold if level is None else level))).sum() / searched)
-    at = refine_peaks(scores.value, peaks)
-    y, x = peaks.unbind(-1)
-    scale = torch.tensor(scores.grid.scale, dtype=torch.float64, device=at.device)
-    xy = (at / scale).flip(-1)
-    limit = torch.tensor([scores.grid.shape[1] - 1.0, scores.grid.shape[0] - 1.0], dtype=torch.float64, device=at.device)
-    xy = torch.minimum(xy.clamp(min=0), limit)
-    return Picks(xy.cpu(), scores.value[y, x].cpu(), scores.psi[y, x].cpu(), scores.template[y, x].cpu(), area)
+    area = (allowed & (scores.value >= (threshold if level is None else level))).sum() / searched
+    values = scores.value[peaks[:, 0], peaks[:, 1]]
+    order = values.argsort(descending=True, stable=True)
+    peaks, values = peaks[order], values[order].double()
+    xy = refine_peaks(scores.value, peaks).flip(-1)
+    xy[:, 0] /= scores.grid.scale[1]
+    xy[:, 1] /= scores.grid.scale[0]
+    xy[:, 0].clamp_(0, scores.grid.shape[1] - 1.0)
+    xy[:, 1].clamp_(0, scores.grid.shape[0] - 1.0)
+    # Some ten thousand are thinned in less time where the picks are chosen, beside the device's work, than in many small steps on it.
+    kept = thinned(xy, distance / scores.grid.pixel_size) if len(xy) > MANY else torch.arange(len(xy), device=xy.device)
+    y, x = peaks[kept].unbind(-1)
+    parts = (values[kept], scores.psi[y, x].double(), scores.template[y, x].double(), area.double().expand(len(kept)))
+    found = torch.cat([xy[kept], torch.stack(parts, -1)], -1).cpu()  # in one piece: each copy waits for the device
+    share = float(found[0, 5]) if len(found) else float(area)
+    return Picks(found[:, :2].contiguous(), found[:, 2].float(), found[:, 3].float(), found[:, 4].to(scores.template.dtype), share)
 
 
 # ---- pieces
@@ -411,11 +430,15 @@ def _template_power(bank: Bank) -> tuple[Tensor, float]:
 
 
 def _footprint_deviation(prepared: Prepared, bank: Bank) -> Tensor:
-    """(h, w) sqrt(Σ disc (y − ȳ)²) of the work image under the particle's disc."""
+    """(h, w) sqrt(Σ disc (y − ȳ)² + its median) of the work image under the particle's disc.
+
+    Without the median faint noise that happens to resemble a template would score as a particle does (docs/steps/pick.md).
+    """
     sums = []
     for values in (prepared.image, prepared.image.square()):
         ft = torch.fft.rfft2(values, s=bank.grid.size)
         sums.append(on_micrograph(torch.fft.irfft2(ft * bank.disc_ft.conj(), s=bank.grid.size), bank.grid))
     number = bank.disc_share * bank.n_mask
     spread = (sums[1] - sums[0].square() / number).clamp(min=0)
-    return spread.clamp(min=1e-6 * spread.mean()).sqrt()
+    usual = (spread / bank.disc_share).median() * bank.disc_share  # partly visible places hold less
+    return (spread + usual).clamp(min=1e-6 * spread.mean()).sqrt()

@@ -47,7 +47,9 @@ def correlate_max_(images: Tensor, references: Tensor, width: int, best_: Tensor
     """See frazil.ops.correlate."""
     b, h, half = images.shape
     n, pixels = len(references), h * width
-    batch = max(1, min(n, BATCH // (3 * best_.element_size() * pixels)))
+    most = max(1, BATCH // (3 * best_.element_size() * pixels))
+    batch = triton.cdiv(n, triton.cdiv(n, most))  # equal ones: one plan of cuFFT, no small rest
+    images = images / pixels  # here and not in every transform, where it is a pass over all values
     product = torch.empty(batch, h, half, dtype=images.dtype, device=images.device)
     stored = torch.view_as_real(references)
     for i in range(b):
@@ -57,5 +59,5 @@ def correlate_max_(images: Tensor, references: Tensor, width: int, best_: Tensor
                 torch.view_as_real(images[i]), stored[start : start + count], torch.view_as_real(product), h * half,
                 block=BLOCK, num_warps=4,
             )  # fmt: skip
-            values = torch.fft.irfft2(product[:count], s=(h, width))
+            values = torch.fft.irfft2(product[:count], s=(h, width), norm="forward")
             _raise[(triton.cdiv(pixels, BLOCK),)](values, best_[i], index_[i], pixels, count, first + start, block=BLOCK, num_warps=4)
