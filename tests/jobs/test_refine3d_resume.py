@@ -219,7 +219,7 @@ def with_limit(words: list[str], limit: int) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("options, name", [
-    (("--write-iterations",), "run_it001_half1_class001.mrc"),
+    (("--write-iterations",), "run_it000_half1_class001.mrc"),
     ((), "checkpoint.pt"),
 ])  # fmt: skip
 def test_writes_that_fail_in_the_middle(data: Path, tmp_path: Path, options, name) -> None:
