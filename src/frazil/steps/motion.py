@@ -256,8 +256,10 @@ def _align(
         ft = torch.stack([ft[a:b].sum(0) for a, b in zip(starts, ends, strict=True)])
         exposure = torch.stack([exposure[a:b].mean() for a, b in zip(starts, ends, strict=True)])
     tail = 2 * math.sqrt(-math.log(CORRELATION_TAIL) / (2 * settings.b_factor))
-    coarse = crop_reduced(ft, (min(shape[0], _even_size(min(1, tail), size[0])), min(shape[1], _even_size(min(1, tail), size[1]))))
-    track = remove_spikes(correlate_track(coarse, size, settings.b_factor, settings.search).cpu())
+    rough = tuple(min(side, _even_size(min(1, tail), whole)) for side, whole in zip(shape, size, strict=True))
+    # Not named: it is as large as half of the frames, and is let go when the track is known.
+    track = correlate_track(crop_reduced(ft, (rough[0], rough[1])), size, settings.b_factor, settings.search)
+    track = remove_spikes(track.cpu())
     local = min(settings.patches) >= 3 and len(starts) >= 4
     grid = settings.patches if local else (2, 2)
     patches = make_patches(ft, size, track.to(ft.device), grid, finest)
