@@ -4,7 +4,7 @@
     python bench/motion.py single                               ours from open file to sums in memory, global and 5 × 5 patches
     python bench/motion.py teamtomo                             ours and torch-motion-correction on one of them, one run
     python bench/motion.py large --device cuda [--movie K3]     40 frames of 4096² and of a K3: time, stages, decoding (TIFF, else MRC)
-    python bench/motion.py k3-superres                          40 frames of 11,520 × 8,184: peak memory
+    python bench/motion.py k3-superres [--pixel-size 0.5]       40 frames of 11,520 × 8,184: peak memory
 
 Movies are kept in --folder, named after what simulates them, and used again. Errors are rms over frames, both axes together, in px, the
 mean over frames removed (it is not observable): `global` of the track against the field's mean motion, `field` of all motion at 7 × 7
@@ -363,7 +363,7 @@ def k3_superres(args: argparse.Namespace) -> Iterator[Row]:
     start = time.perf_counter()
     path, truth = _texture_movie(args.folder, 4092, 5760, 40, args.device, super_resolution=True)
     made = time.perf_counter() - start
-    write_list(args.folder, [path], "superres.star", 0.5)
+    write_list(args.folder, [path], "superres.star", args.pixel_size)
     shutil.rmtree(args.folder / "superres", ignore_errors=True)
     command = [sys.executable, "-m", "frazil", "motion", "superres.star", "--output", "superres", "--dose", "1", "--bin", "2", "--quiet",
                "--threads", str(args.threads), "--device", args.device]  # fmt: skip
@@ -371,7 +371,8 @@ def k3_superres(args: argparse.Namespace) -> Iterator[Row]:
     wall, cpu = timed(command, args.folder)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9  # of the largest child; there was no other
     found = read_motion(args.folder / "superres" / f"{path.stem}.star")
-    yield {"what": "motion_k3_superres", "container": path.suffix, "shape": [40, 8184, 11520], "threads": args.threads, "seconds": wall,
+    yield {"what": "motion_k3_superres", "container": path.suffix, "shape": [40, 8184, 11520], "pixel_size": args.pixel_size,
+           "threads": args.threads, "seconds": wall,
            "cpu_seconds": cpu, "peak_gb": peak, "local": found.coefficients is not None, "making_the_movie": round(made, 1),
            **_off(found.track, found.coefficients, truth)}  # fmt: skip
 
@@ -389,6 +390,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--movie", choices=("all", "4096", "K3"), default="all", help="of `large`")
+    parser.add_argument("--pixel-size", type=float, default=0.5, help="in Å, of `k3-superres`: larger pixels need more frequencies")
     parser.add_argument("--runs", type=int, default=3, help="of `large`: the best of so many counts")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
