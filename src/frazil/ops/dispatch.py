@@ -78,7 +78,7 @@ def numba_threads(numba) -> int:
 def _skip_blas(numba: str) -> None:
     """Keep Numba from loading scipy.linalg, 0.1 s, to see whether there is a BLAS: there is, and no kernel of ours calls it."""
     with suppress(Exception):
-        setattr(import_module(f"{numba}.np.linalg"), "ensure_blas", lambda: None)  # noqa: B010
+        setattr(import_module(f"{numba}.np.linalg"), "ensure_blas", lambda: None)  # noqa: B010 (a module has no such attribute for pyright)
 
 
 def _refuse_workqueue() -> None:
