@@ -3,8 +3,9 @@
     python bench/motion.py relion [--dose 1.2] [--movies 2] [--repeat 1]   ours and relion_run_motioncorr, the same LZW TIFF movies, one run
     python bench/motion.py single                               ours from open file to sums in memory, global and 5 × 5 patches
     python bench/motion.py teamtomo                             ours and torch-motion-correction on one of them, one run
+    python bench/motion.py bound --dose 4.5                     what the movies allow: Cramér–Rao bound for a known image
     python bench/motion.py large --device cuda [--movie K3]     40 frames of 4096² and of a K3: time, stages, decoding (TIFF, else MRC)
-    python bench/motion.py k3-superres                          40 frames of 11,520 × 8,184: peak memory
+    python bench/motion.py k3-superres [--pixel-size 0.5]       40 frames of 11,520 × 8,184: peak memory
 
 Movies are kept in --folder, named after what simulates them, and used again. Errors are rms over frames, both axes together, in px, the
 mean over frames removed (it is not observable): `global` of the track against the field's mean motion, `field` of all motion at 7 × 7
@@ -156,6 +157,30 @@ def single(args: argparse.Namespace) -> list[Row]:
         best = min(best, taken) if attempt > 1 else taken
     return [{"what": "motion_single", "dose": args.dose, "shape": [24, 2048, 2048], "threads": args.threads, "device": args.device,
              "seconds": best[0], "cpu_seconds": best[1]}]  # fmt: skip
+
+
+def bound(args: argparse.Namespace) -> Iterator[Row]:
+    """What the simulated movies allow: Cramér–Rao bound of a frame's shift, both axes, the noise-free image known and nothing else.
+
+    1 / variance along an axis = dose a² Σ_k (2π k)²/2 |F(k)|², F of the expected image of the frame (mean 1); k to `detail` Å.
+    """
+    from frazil.io.models import density_from_model
+
+    volume = density_from_model(MODEL, 256, OPTICS.pixel_size, b_factor=30.0)
+    for frames in (24, 10):
+        s = MovieSettings(dose=args.dose, frames=frames)
+        made = simulate_movie(volume, OPTICS, s)
+        k2 = torch.fft.fftfreq(s.height)[:, None].square() + torch.fft.rfftfreq(s.width).square()
+        twice = torch.full((1, s.width // 2 + 1), 2.0)
+        twice[:, [0, -1]] = 1
+        for detail in (5.0, 2.0):
+            errors = []
+            for f in range(frames):
+                power = torch.fft.rfft2(made.clean(f) - 1, norm="ortho").abs().square() * twice * (k2 <= (OPTICS.pixel_size / detail) ** 2)
+                information = s.dose * OPTICS.pixel_size**2 * 2 * math.pi**2 * float((power * k2).double().sum())
+                errors.append(math.sqrt(2 / information))
+            yield {"what": "motion_bound", "dose": s.dose, "frames": frames, "detail": detail, "first_px": round(errors[0], 4),
+                   "last_px": round(errors[-1], 4), "rms_px": round(math.sqrt(sum(e * e for e in errors) / frames), 4)}  # fmt: skip
 
 
 def teamtomo(args: argparse.Namespace) -> Iterator[Row]:
@@ -363,7 +388,7 @@ def k3_superres(args: argparse.Namespace) -> Iterator[Row]:
     start = time.perf_counter()
     path, truth = _texture_movie(args.folder, 4092, 5760, 40, args.device, super_resolution=True)
     made = time.perf_counter() - start
-    write_list(args.folder, [path], "superres.star", 0.5)
+    write_list(args.folder, [path], "superres.star", args.pixel_size)
     shutil.rmtree(args.folder / "superres", ignore_errors=True)
     command = [sys.executable, "-m", "frazil", "motion", "superres.star", "--output", "superres", "--dose", "1", "--bin", "2", "--quiet",
                "--threads", str(args.threads), "--device", args.device]  # fmt: skip
@@ -371,14 +396,15 @@ def k3_superres(args: argparse.Namespace) -> Iterator[Row]:
     wall, cpu = timed(command, args.folder)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9  # of the largest child; there was no other
     found = read_motion(args.folder / "superres" / f"{path.stem}.star")
-    yield {"what": "motion_k3_superres", "container": path.suffix, "shape": [40, 8184, 11520], "threads": args.threads, "seconds": wall,
+    yield {"what": "motion_k3_superres", "container": path.suffix, "shape": [40, 8184, 11520], "pixel_size": args.pixel_size,
+           "threads": args.threads, "seconds": wall,
            "cpu_seconds": cpu, "peak_gb": peak, "local": found.coefficients is not None, "making_the_movie": round(made, 1),
            **_off(found.track, found.coefficients, truth)}  # fmt: skip
 
 
 def main() -> None:
     """Run one of the benches and print, with --write also append, its rows."""
-    works = {"relion": relion, "single": single, "teamtomo": teamtomo, "large": large, "k3-superres": k3_superres}
+    works = {"relion": relion, "single": single, "teamtomo": teamtomo, "bound": bound, "large": large, "k3-superres": k3_superres}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=works)
     made_by = hashlib.sha256((ROOT / "src" / "frazil" / "simulate" / "movies.py").read_bytes()).hexdigest()[:8]
@@ -389,6 +415,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--movie", choices=("all", "4096", "K3"), default="all", help="of `large`")
+    parser.add_argument("--pixel-size", type=float, default=0.5, help="in Å, of `k3-superres`: larger pixels need more frequencies")
     parser.add_argument("--runs", type=int, default=3, help="of `large`: the best of so many counts")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()

@@ -17,6 +17,7 @@ from frazil.io.movies import write_mrc_movie, write_tiff
 from frazil.io.mrc import read_header, read_mrc, write_mrc
 from frazil.io.star import read_star, write_star
 from frazil.jobs.motion_report import flags
+from frazil.jobs.plots import new_figure
 
 SIZE, FRAMES = (160, 192), 6
 
@@ -185,3 +186,11 @@ def test_what_is_refused(project: Path, capsys, monkeypatch: pytest.MonkeyPatch)
 def test_flags() -> None:
     total = np.array([10.0, 11, 9, 10.5, 9.5, 80])
     assert flags(total).tolist() == [False] * 5 + [True]
+
+
+def test_margins_of_plots_are_inches() -> None:
+    _, axes = new_figure(6, 4, 2, 3, (0.6, 0.5, 0.15, 0.3))
+    for row, column in ((0, 0), (1, 2)):
+        box = axes[row, column].get_position()
+        assert (6 * box.x0, 6 * box.x1) == pytest.approx((2 * column + 0.6, 2 * column + 2 - 0.15))
+        assert (4 * box.y0, 4 * box.y1) == pytest.approx((2 * (1 - row) + 0.5, 2 * (1 - row) + 2 - 0.3))

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from frazil.data import BadInput, Optics
-from frazil.maths.align import Fit, correlate_track, crop_reduced, empty_reduced, fit_motion, make_patches, reduced_transform, shift_phases
+from frazil.maths.align import Fit, correlate_track, crop_reduced, empty_reduced, fit_motion, make_patches, reduced_transform
 from frazil.maths.bad_pixels import Repair, find_bad_pixels
 from frazil.maths.dose import damage, dose_weights, frame_exposures
 from frazil.maths.motion import TERMS, fit_polynomial, full_phases, interpolate_groups, remove_spikes, total_shift
+from frazil.maths.movie_spectrum import SPECTRUM_PIXEL, movie_spectrum
 from frazil.ops.warp import spline_transfer, tile_centres, warp_sum_
 
 CHUNK_BYTES = 1 << 28  # of frames read at a time, if a pixel is a byte
 RADII = 512  # samples of |k| at which dose weights are tabulated
 WEIGHT_ERROR = 2e-3  # largest error of a weight by leaving out singular vectors; weights are about 0.2 to 1
-SPECTRUM_PIXEL = 1.4  # Å, of the power spectra saved for CTF estimation at least
 CORRELATION_TAIL = 1e-3  # weight exp(−2B s²) below which frequencies are left out of the first alignment
 DOSE_A_GROUP = 0.8  # e/Å²: frames with less are grouped for alignment
 
@@ -129,6 +129,15 @@ class _Source:
                     ahead = reader.submit(load, start + self.step)
                 yield start, part
 
+    def one(self, f: int) -> Tensor:
+        """(H, W) a single frame."""
+        if self.kept:
+            return self.kept[f // self.step][f % self.step]
+        part = self.frames.load(f, f + 1).to(self.device)
+        if self.repair is not None:
+            self.repair.apply_(part, f)
+        return part[0]
+
     def use(self, repair: Repair) -> None:
         """Replace bad pixels from now on."""
         self.repair = repair
@@ -148,7 +157,9 @@ def correct_motion(
     device = torch.device(device)
     source = _Source(frames, settings, device)
     n, height, width = frames.shape
-    shape = _reduced_shape(source, optics, settings)
+    shape, fine = (_reduced_shape(source, optics, settings, spectrum) for spectrum in (False, settings.spectrum_size > 0))
+    if 4 * n * fine[0] * fine[1] <= settings.memory:  # otherwise the power spectrum has transforms of its own, one at a time
+        shape = fine
     source.beside = 4 * n * shape[0] * shape[1]
     total, means = _add_up(source)
     observed, notes = usable_frames(means, total)
@@ -166,7 +177,10 @@ def correct_motion(
     coefficients = _local_model(spread(patches_local[1], observed), patches_local[2], fit, settings, notes)
     spectrum, spectrum_pixel = None, 0.0
     if settings.spectrum_size:
-        spectrum, spectrum_pixel = power_spectrum(reduced, track, observed, (height, width), optics.pixel_size, settings)
+        transform = reduced.__getitem__ if shape == fine else lambda f: reduced_transform(source.one(f) * flat, fine)
+        spectrum, spectrum_pixel = movie_spectrum(
+            transform, track, observed, (height, width), optics.pixel_size, settings.spectrum_size, settings.dose
+        )
     del reduced, seen
     sums = _sum(source, flat, track, coefficients, _frame_weights(exposure, observed, optics, settings), settings)
     made = {name: _binned(ft, (height, width), settings.bin) for name, ft in sums.items()}
@@ -209,10 +223,10 @@ def _even_size(share: float, side: int) -> int:
     return next(smooth, side // 2 * 2)
 
 
-def _reduced_shape(source: _Source, optics: Optics, settings: MotionSettings) -> tuple[int, int]:
-    """Rows and columns of the image whose transform holds the frequencies that alignment and power spectra need."""
+def _reduced_shape(source: _Source, optics: Optics, settings: MotionSettings, spectrum: bool) -> tuple[int, int]:
+    """Rows and columns of the image whose transform holds the frequencies that alignment, and the power spectrum too, need."""
     share = 2 * min(0.25, optics.pixel_size / settings.finest)
-    if settings.spectrum_size:
+    if spectrum:
         share = max(share, min(1.0, optics.pixel_size / SPECTRUM_PIXEL))
     return _even_size(share, source.height), _even_size(share, source.width)
 
@@ -242,8 +256,10 @@ def _align(
         ft = torch.stack([ft[a:b].sum(0) for a, b in zip(starts, ends, strict=True)])
         exposure = torch.stack([exposure[a:b].mean() for a, b in zip(starts, ends, strict=True)])
     tail = 2 * math.sqrt(-math.log(CORRELATION_TAIL) / (2 * settings.b_factor))
-    coarse = crop_reduced(ft, (min(shape[0], _even_size(min(1, tail), size[0])), min(shape[1], _even_size(min(1, tail), size[1]))))
-    track = remove_spikes(correlate_track(coarse, size, settings.b_factor, settings.search).cpu())
+    rough = tuple(min(side, _even_size(min(1, tail), whole)) for side, whole in zip(shape, size, strict=True))
+    # Not named: it is as large as half of the frames, and is let go when the track is known.
+    track = correlate_track(crop_reduced(ft, (rough[0], rough[1])), size, settings.b_factor, settings.search)
+    track = remove_spikes(track.cpu())
     local = min(settings.patches) >= 3 and len(starts) >= 4
     grid = settings.patches if local else (2, 2)
     patches = make_patches(ft, size, track.to(ft.device), grid, finest)
@@ -404,44 +420,3 @@ def _binned(ft: Tensor, size: tuple[int, int], factor: float) -> Tensor:
     small[h // 2] = 0
     small[:, -1] = 0
     return (torch.fft.irfft2(small, s=(h, w)) * (h * w / (height * width))).cpu()
-
-
-def power_spectrum(
-    reduced: Tensor, track: Tensor, observed: Tensor, size: tuple[int, int], pixel_size: float, settings: MotionSettings
-) -> tuple[Tensor, float]:
-    """(s, s) centred amplitude spectrum Σ_groups |Σ_f F_f| for CTF estimation, and the pixel size in Å that its Nyquist stands for.
-
-    Groups of about 4 e/Å², aligned; cropped to the frequencies of pixels of SPECTRUM_PIXEL or the frame's own, made square, and resampled
-    by cropping the transform of the spectrum.
-    """
-    n, h, _ = reduced.shape
-    side = settings.spectrum_size
-    group = max(1, round(4 / settings.dose)) if settings.dose > 0 else 4
-    shape = (h, 2 * (reduced.shape[2] - 1))
-    total, summed, moved = torch.zeros_like(reduced[0].real), torch.empty_like(reduced[0]), torch.empty_like(reduced[0])
-    frames = observed.nonzero()[:, 0].tolist()
-    for start in range(0, len(frames), group):
-        first, *others = frames[start : start + group]
-        summed.copy_(reduced[first])  # the group is moved onto its first frame: |Σ| is that of any other common place
-        for f in others:
-            y, x = shift_phases(shape, size, (track[f] - track[first]).to(reduced.device))
-            summed.addcmul_(torch.mul(reduced[f], x, out=moved), y)
-        total += summed.abs()
-    target = max(pixel_size, SPECTRUM_PIXEL)
-    # On a square grid of the longer side's sampling: 1/(L a) Å⁻¹ a pixel, up to 1/(2 target).
-    longest = max(size)
-    held = min(h * longest // size[0], shape[1] * longest // size[1])
-    edge = max(side, min(held // 2 * 2, 2 * round(longest * pixel_size / target / 2)))
-    realised = longest * pixel_size / edge
-    line = torch.arange(-(edge // 2), edge // 2, device=total.device, dtype=torch.float32)
-    ky, kx = (line * size[0] / longest)[:, None].expand(edge, edge), (line * size[1] / longest)[None, :].expand(edge, edge)
-    flip = torch.where(kx < 0, -1.0, 1.0)
-    rows, columns = ky * flip + h // 2, kx * flip
-    centred = torch.fft.fftshift(total, dim=0)
-    where = torch.stack([2 * columns / (centred.shape[1] - 1) - 1, 2 * rows / (h - 1) - 1], -1)
-    image = torch.nn.functional.grid_sample(centred[None, None], where[None], align_corners=True, padding_mode="border")[0, 0]
-    if edge == side:
-        return image.cpu(), realised
-    # The transform of the spectrum is cropped about its centre; the middle of the spectrum stays pixel side/2.
-    small = torch.fft.irfft2(reduced_transform(torch.fft.ifftshift(image), (side, side), whole=True))
-    return (torch.fft.fftshift(small) * (side / edge) ** 2).clamp(min=0).cpu(), realised
