@@ -303,6 +303,8 @@ def test_names_from_here_find_the_images_from_anywhere(tmp_path, monkeypatch):
     open_images(read_particles(tmp_path / "project" / "elsewhere" / "out.star")).check()
     monkeypatch.chdir(tmp_path)
     open_images(read_particles(tmp_path / "project" / "elsewhere" / "out.star")).check()  # the project is above the file
+    write_stack(tmp_path / "s.mrcs", torch.zeros(3, 12, 12), 1.25)  # another of that name where the command runs
+    assert table.from_here().image_names[0].partition("@")[2] == "project/data/s.mrcs"
     monkeypatch.chdir(tmp_path / "project" / "elsewhere")
     assert table.from_here().image_names[0].partition("@")[2] == str(tmp_path / "project" / "data" / "s.mrcs")
 

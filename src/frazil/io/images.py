@@ -49,8 +49,11 @@ def usable_names(names: Iterable[str], star: str | os.PathLike[str] | None) -> l
     def usable(name: str) -> str:
         number, mark, stack = name.rpartition("@")
         if stack not in known:
-            found = None if Path(stack).is_file() else find_stack(stack, star)
-            known[stack] = stack if found is None else str(below_here(found))
+            found, here = find_stack(stack, star), Path(stack)
+            if found is None or (here.is_file() and found.samefile(here)):  # another of that name may lie here
+                known[stack] = stack
+            else:
+                known[stack] = str(below_here(found))
         return f"{number}{mark}{known[stack]}"
 
     return [usable(name) for name in names]
