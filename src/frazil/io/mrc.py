@@ -182,7 +182,8 @@ class _NewMrc(MrcFile):
         low, high, total, square, first = math.inf, -math.inf, 0.0, 0.0, None
         for block in np.array_split(values.reshape(-1), -(-values.size // STATISTICS_BLOCK)):
             part = as_float32(block)
-            low, high = min(low, float(part.min())), max(high, float(part.max()))
+            least, most = (float(x) for x in part.aminmax())
+            low, high = min(low, least), max(high, most)
             first = float(part.mean()) if first is None else first  # differences to it: the square of a large mean would hide the rms
             part = part - first
             total += float(part.sum())

@@ -15,19 +15,14 @@ from frazil.io.particles import ParticleSet
 from frazil.io.star import read_star
 from frazil.jobs.class_report import class_report
 from frazil.jobs.classify_files import Output, pack_state, part_of, resolutions, seeded_anew, unpack_state
-from frazil.jobs.classify_run import check_counts, check_poses, continued, device_errors, run_iterations
+from frazil.jobs.classify_run import begin, check_poses, continued, device_errors, run_iterations
 from frazil.jobs.inputs import PIXEL_TOLERANCE
 from frazil.jobs.moments import read_moments
 from frazil.jobs.particles_input import (
-    Subset,
     check_diameter,
-    memory_budget,
     open_checked,
     option,
     read_table,
-    tick,
-    usable_particles,
-    warn_of_oddities,
 )
 from frazil.jobs.refine_files import beside
 from frazil.jobs.run import Run
@@ -36,7 +31,7 @@ from frazil.refine.parallel import world_of_environment
 from frazil.refine.planes import reference_planes
 from frazil.refine.windows import Engine
 from frazil.steps.class2d import FORM, Class2dParams, GradientState, class2d, initial_state, resolved
-from frazil.steps.classify import ClassifyJob, ClassifyState, make_engine
+from frazil.steps.classify import ClassifyState
 
 POSITIONAL = ("particles",)
 HAS_RUN_DIRECTORY = True
@@ -64,14 +59,9 @@ def run(params: Params, run: Run) -> None:
     images = open_checked(table, run.threads)
     references = None if params.reference is None else read_averages(params.reference, params.classes, optics.box, optics.pixel_size)
     mask = None if params.mask is None else read_image_mask(params.mask, optics.box)
-    used = usable_particles(run, table, images, lambda good: check_counts(params, good, len(table), params.particles or params.continue_))
-    warn_of_oddities(run, params.diameter, table, images, used)
-    saved = world.tell(run.load_checkpoint() if world.rank == 0 else None)
-    budget = memory_budget(run, (saved or {}).get("budget", 0))
-    engine = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
-    particles = table.particles[used]
+    job, used, saved, budget = begin(run, params, table, images, FORM, [mask], world)
+    particles, engine = table.particles[used], job.engine
     count = len(particles)
-    job = ClassifyJob(Subset(images, used), params, engine, FORM, mask, tick=lambda done: tick(run, count, min(done, count)), world=world)
     with device_errors(run):
         if saved is not None:
             state = unpack_gradient(saved, unpack_state(saved, particles, engine.device), engine.device)

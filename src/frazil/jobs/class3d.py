@@ -14,25 +14,20 @@ from frazil.io.particles import ParticleSet
 from frazil.io.star import read_star
 from frazil.jobs.class_report import class_report
 from frazil.jobs.classify_files import Output, part_of, resolutions, seeded_anew, unpack_state
-from frazil.jobs.classify_run import check_counts, check_poses, continued, device_errors, placed, run_iterations
+from frazil.jobs.classify_run import begin, check_poses, continued, device_errors, placed, run_iterations
 from frazil.jobs.inputs import check_same_grid, check_symmetry, read_cube, read_mask_for
 from frazil.jobs.particles_input import (
-    Subset,
     check_diameter,
     load_reference,
-    memory_budget,
     open_checked,
     option,
     read_table,
-    tick,
-    usable_particles,
-    warn_of_oddities,
 )
 from frazil.jobs.refine_files import beside
 from frazil.jobs.run import Run
 from frazil.refine.parallel import world_of_environment
 from frazil.steps.class3d import FORM, Class3dParams
-from frazil.steps.classify import ClassifyJob, ClassifyState, initial_state, make_engine
+from frazil.steps.classify import ClassifyJob, ClassifyState, initial_state
 
 POSITIONAL = ("particles",)
 HAS_RUN_DIRECTORY = True
@@ -64,16 +59,9 @@ def run(params: Params, run: Run) -> None:
     references = load_references(paths, table.particles, params.initial_lowpass)
     like = Volume(state.model.maps[0], state.model.pixel_size) if state is not None else references[0]
     masks = load_masks(params, like, paths[0] if paths else params.continue_ or Path())
-    used = usable_particles(run, table, images, lambda good: check_counts(params, good, len(table), params.particles or params.continue_))
-    warn_of_oddities(run, params.diameter, table, images, used)
-    saved = world.tell(run.load_checkpoint() if world.rank == 0 else None)
-    budget = memory_budget(run, (saved or {}).get("budget", 0))
-    engine = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
-    particles = table.particles[used]
-    count = len(particles)
-    job = ClassifyJob(Subset(images, used), params, engine, FORM, *masks, tick=lambda done: tick(run, count, min(done, count)), world=world)
+    job, used, saved, budget = begin(run, params, table, images, FORM, masks, world)
     with device_errors(run):
-        state = first_state(run, job, particles, used, (saved, state, references))
+        state = first_state(run, job, table.particles[used], used, (saved, state, references))
     names = tuple(str(path or "None") for path in (params.mask, params.mask2))
     out = Output(run.path, table[used], params, run.seed, (names[0], names[1]))
     state = run_iterations(run, job, state, out, params.write_every, budget)

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from frazil.data import BadInput, Images, Particles
+from frazil.io.images import StackImages
 from frazil.io.particles import ANGLES, ParticleSet, match_by_image_name
 from frazil.io.star import read_star
 from frazil.jobs.classify_files import Output, host_copy, pack_state, read_classification, resolutions, write_iteration
-from frazil.jobs.particles_input import Subset, peak_memory, read_table
+from frazil.jobs.particles_input import Subset, memory_budget, peak_memory, read_table, tick, usable_particles, warn_of_oddities
 from frazil.jobs.refine_files import beside
 from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
+from frazil.refine.parallel import World
 from frazil.refine.planner import keep_on_device
 from frazil.refine.residence import resident
 from frazil.refine.windows import Engine
-from frazil.steps.classify import UNKNOWN, ClassifyJob, ClassifyParams, ClassifyState, classify
+from frazil.steps.classify import UNKNOWN, ClassifyJob, ClassifyParams, ClassifyState, Form, classify, make_engine
 
 CHECKPOINT_SECONDS = 30.0  # between checkpoints: where iterations take less, those in between are not worth the gigabytes
 
@@ -72,6 +74,19 @@ def with_images_at_hand(job: ClassifyJob, particles: Particles) -> ClassifyJob:
         some, engine = resident(Subset(job.images, mine), particles[mine], job.engine)
         images = _Placed(some, mine, len(particles))
     return replace(job, images=images, engine=engine)
+
+
+def begin(
+    run: Run, params: Any, table: ParticleSet, images: StackImages, form: Form, masks: list[Tensor | None], world: World
+) -> tuple[ClassifyJob, Tensor, dict[str, Any] | None, int]:  # fmt: skip
+    """(job on the usable particles, which they are, checkpoint of a stopped run, memory budget); what is left out or odd is said."""
+    used = usable_particles(run, table, images, lambda good: check_counts(params, good, len(table), params.particles or params.continue_))
+    warn_of_oddities(run, params.diameter, table, images, used)
+    saved = world.tell(run.load_checkpoint() if world.rank == 0 else None)
+    budget, count = memory_budget(run, (saved or {}).get("budget", 0)), len(used)
+    engine = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
+    job = ClassifyJob(Subset(images, used), params, engine, form, *masks, tick=lambda done: tick(run, count, min(done, count)), world=world)
+    return job, used, saved, budget
 
 
 def check_counts(params: ClassifyParams, used: Tensor, total: int, path: Path | None) -> None:

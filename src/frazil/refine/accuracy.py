@@ -54,13 +54,9 @@ def expected_accuracies(
     """(k, 2) float64 expected error of rotation (degrees) and shift (Å) of classes (k,), mean over `particles` at their present poses.
 
     For each particle one of rot, tilt, psi (2D classes: psi) and one of x, y is drawn; the squared difference of CTF-modulated slices
-    over 2σ² is followed up a ladder of errors to ln 100. 2D classes are all compared at once, maps one after another. volumes:
+    over 2σ² is followed up a ladder of errors to ln 100. All classes are compared at once: memory grows with their number. volumes:
     `reference_volumes` of `classes`, for this window or a larger one, where they are made already.
     """
-    if model.maps.ndim == 4 and len(classes) > 1:
-        parts = [None] * len(classes) if volumes is None else volumes.split(1)
-        each = (expected_accuracies(particles, model, k, engine, size, generator, v) for k, v in zip(classes.split(1), parts, strict=True))
-        return torch.cat(list(each))
     if volumes is None:
         volumes = reference_volumes(replace(model, maps=model.maps[classes.to(model.maps.device)]), size, engine)
     errors = []

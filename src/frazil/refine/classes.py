@@ -30,7 +30,7 @@ class Reconstruction:
 
 def reference_power(volumes: Tensor, box: int, pad: float) -> Tensor:
     """(K, N/2+1) float64 signal variance τ² of the half volumes (K, …) the E-step sees (spec 3.3a)."""
-    return torch.stack([0.5 * shell_means(ft.real.square() + ft.imag.square(), pad, box // 2 + 1) for ft in volumes])
+    return torch.stack([0.5 * shell_means(ft.real.square() + ft.imag.square(), pad, box // 2 + 1) for ft in volumes]).cpu()
 
 
 def first_data_vs_prior(tau2: Tensor, sigma2: Tensor, particles: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from frazil.data import Particles
 from frazil.maths.fourier import padded_ft
-from frazil.maths.fourier2d import padded_planes
 from frazil.maths.gridding import sinc2
 from frazil.ops.compare import candidates, compare
 from frazil.ops.project import project
 from frazil.ops.score import score
 from frazil.refine.model import Model
+from frazil.refine.planes import reference_planes
 from frazil.refine.planner import Plan
 from frazil.refine.sampling import Grid, neighbours
 from frazil.refine.timing import Clock
@@ -80,10 +80,9 @@ class Found:
 
 def reference_volumes(model: Model, size: int, engine: Engine) -> Tensor:
     """(K, …) half volumes of the references, divided by the interpolation's sinc² before padding (spec 3.5)."""
-    dims = model.maps.ndim - 1
-    correction = sinc2(model.box, engine.pad, device=engine.device, dtype=engine.dtype, dims=dims)
-    if dims == 2:
-        return padded_planes(model.maps.to(correction) / correction, engine.pad, size // 2)
+    if model.maps.ndim == 3:
+        return reference_planes(model.maps, size, engine)
+    correction = sinc2(model.box, engine.pad, device=engine.device, dtype=engine.dtype)
     made = (padded_ft(volume.to(correction) / correction, engine.pad, size // 2) for volume in model.maps)
     first = next(made)[None]
     if len(model.maps) == 1:

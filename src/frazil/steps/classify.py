@@ -153,7 +153,7 @@ def initial_state(job: ClassifyJob, particles: Particles, references: Tensor, pi
     )  # fmt: skip
     one = model if assigned is None else classes_of(model, torch.tensor([0]))
     volumes = reference_volumes(one, min(n, 2 * (shell + 10)), engine)
-    tau2 = job.form.power(volumes, n, engine.pad).cpu().expand(p.classes, -1)
+    tau2 = job.form.power(volumes, n, engine.pad).expand(p.classes, -1)
     ssnr = first_data_vs_prior(tau2, noise[int(particles.group.min())], len(particles) * pdf)
     model = replace(model, tau2=tau2, data_vs_prior=ssnr)
     poses = replace(
@@ -190,7 +190,7 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     clock = Clock(job.engine.device)
     with clock("reference"):  # once for accuracies, E-step and signal power
         volumes = reference_volumes(classes_of(model, live), size, job.engine)
-        tau2 = job.form.power(volumes, model.box, job.engine.pad).cpu()
+        tau2 = job.form.power(volumes, model.box, job.engine.pad)
     with clock("accuracies"):
         accuracy = accuracies(job, state, size, cc, (live, volumes))
     best = accuracy.amin(0).tolist()
