@@ -253,15 +253,15 @@ def map_from_half_volume(half: Tensor, pad: float, box: int) -> Tensor:
 
 
 def make_hermitian_(data: Tensor) -> Tensor:
-    """Replace the x = 0 plane of a half volume by f(y, z) + conj f(−y, −z) (spec 3.1), in place; also for real weights. Returns it.
+    """Replace the x = 0 plane of half volumes (…, z, y, x) by f(y, z) + conj f(−y, −z) (spec 3.1), in place; also weights. Returns them.
 
     The origin is its own mate and stays as it is.
     """
     m = data.shape[-1] - 1
-    origin = data[m, m, 0].clone()
-    mate = data[:, :, 0].flip(0, 1)
-    data[:, :, 0] += mate.conj() if data.is_complex() else mate
-    data[m, m, 0] = origin
+    origin = data[..., m, m, 0].clone()
+    mate = data[..., 0].flip(-2, -1)
+    data[..., 0] += mate.conj() if data.is_complex() else mate
+    data[..., m, m, 0] = origin
     return data
 
 

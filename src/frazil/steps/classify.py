@@ -34,6 +34,7 @@ from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import World, with_less_memory
 from frazil.refine.planner import keep_on_device
+from frazil.refine.residence import Resident
 from frazil.refine.sampling import Sampling, fixed_grid, make_grid
 from frazil.refine.search import reference_volumes
 from frazil.refine.settings import MatchParams, Settings, setting
@@ -301,8 +302,10 @@ def expect(
 ) -> tuple[Statistics, Poses, dict[str, float]]:
     """E-step of all particles with the state's model, sampling and sizes, shared out among the processes; volumes: the model's."""
     p, world, progress, n = job.params, job.world, state.progress, len(state.particles)
-    mine = world.share(n)
-    particles = state.particles[mine]
+    mine, particles, images = world.share(n), state.particles, job.images
+    if world.size > 1:
+        particles = particles[mine]
+        images = images.share(mine) if isinstance(images, Resident) else _Share(images, mine)
     if keeps_orientations(p):
         grid = fixed_grid(particles.rotation, None if p.skip_align else state.sampling)
     else:
@@ -310,7 +313,7 @@ def expect(
 
     def work(engine: Engine) -> tuple[Statistics, Poses, dict[str, float]]:
         return expectation(
-            job.images if world.size == 1 else _Share(job.images, mine), particles, state.model, grid, engine,
+            images, particles, state.model, grid, engine,
             (progress.size, progress.coarse_size), tick=lambda done: job.tick(done * world.size),
             given=Given(None if assigned is None else assigned[mine], volumes),
         )  # fmt: skip
