@@ -53,10 +53,16 @@ def shell_means(value: Tensor, pad: float, shells: int, *, floor: bool = False, 
 
 def by_shell(shell: Tensor, values: Tensor, shells: int) -> Tensor:
     """(k, shells) float64 sums of `values` (k, …) over the elements of each shell (…) below `shells`; numbers beyond: shells."""
-    k, shell, values = len(values), shell.reshape(-1), values.reshape(len(values), -1)
-    if not shell.is_cuda:
-        return torch.stack([torch.bincount(shell, v.double(), minlength=shells + 1)[:shells] for v in values])
-    of_class = shell + torch.arange(k, device=shell.device)[:, None] * (shells + 1)  # one histogram: each call makes the host wait
+    shell, values = shell.reshape(-1), values.reshape(len(values), -1)
+    if shell.is_cuda:
+        return _by_shell_at_once(shell, values, shells)
+    return torch.stack([torch.bincount(shell, v.double(), minlength=shells + 1)[:shells] for v in values])
+
+
+def _by_shell_at_once(shell: Tensor, values: Tensor, shells: int) -> Tensor:
+    """`by_shell` of flat shells (n,) and values (k, n) as one histogram: on a GPU each makes the host wait."""
+    k = len(values)
+    of_class = shell + torch.arange(k, device=shell.device)[:, None] * (shells + 1)
     sums = torch.bincount(of_class.reshape(-1), values.double().reshape(-1), minlength=k * (shells + 1))
     return sums.view(k, shells + 1)[:, :shells]
 

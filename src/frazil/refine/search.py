@@ -116,7 +116,7 @@ def make_group(step: Pass, number: int, frame: Frame, plan: Plan) -> Group:
     p = frame.coarse_inside(step.coarse_size)
     inverse = 1.0 / step.model.sigma2[number].to(engine.device)[frame.pixels.shell[: frame.inside]]
     likelihood = torch.ones_like(inverse) if step.engine.cc else inverse.clone()
-    likelihood[0] = 0.0  # r = 0 says nothing (spec 1.1)
+    likelihood[0].fill_(0)  # r = 0 says nothing (spec 1.1); an assignment would make the host wait for a GPU
     fine_shifts = grid.fine_shifts().to(engine.device)
     group = Group(
         number=number,

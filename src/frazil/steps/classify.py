@@ -228,22 +228,15 @@ def accuracies(job: ClassifyJob, state: ClassifyState, size: int, cc: bool, refe
     out = torch.full((state.model.classes, 2), UNKNOWN, dtype=torch.float64)
     if cc or state.progress.iteration == 0 or job.params.skip_align:
         return out
-    seed, world = job.engine.seed + state.progress.iteration + 1, job.world
-    generator = torch.Generator().manual_seed(seed)
+    generator, world = torch.Generator().manual_seed(job.engine.seed + state.progress.iteration + 1), job.world
     some = state.particles[torch.randperm(len(state.particles), generator=generator)[: job.form.accuracy_particles]]
     if job.params.strict_highres:
         size = min(size, strict_size(job.params.strict_highres, state.model))
     large = torch.nonzero(state.model.pdf_class >= LEAST_SHARE)[:, 0]
-    place = torch.searchsorted(references[0], large)
-    if job.form.dims == 2:
-        if len(large):
-            out[large] = expected_accuracies(some, state.model, large, job.engine, size, generator, references[1][place])
-        return world.tell(out)
-    found = torch.zeros_like(out)
-    for i in world.own(len(large)):
-        generator = torch.Generator().manual_seed(seed + int(large[i]) * 7919)  # its own, whichever process makes it
-        one = large[i : i + 1]
-        found[one] = expected_accuracies(some, state.model, one, job.engine, size, generator, references[1][place[i] : place[i] + 1])
+    found, own = torch.zeros_like(out), large[world.rank :: world.size]
+    if len(own):  # what is drawn does not depend on the class: the same whichever process looks at it
+        made = references[1], torch.searchsorted(references[0], own)
+        found[own] = expected_accuracies(some, state.model, own, job.engine, size, generator, made)
     out[large] = world.add_up_(found)[large]
     return out
 
