@@ -14,6 +14,7 @@ from frazil.maths.rotation import random_rotations
 from frazil.ops.project import project
 from frazil.refine.expectation import expectation
 from frazil.refine.model import Model
+from frazil.refine.residence import Resident
 from frazil.refine.sampling import Sampling, make_grid
 from frazil.refine.search import reference_volumes
 from frazil.refine.windows import Engine, make_frame, make_windows
@@ -103,6 +104,21 @@ def test_batches_do_not_show(rng: torch.Generator) -> None:
     assert torch.allclose(whole[1].rotation, parts[1].rotation) and torch.allclose(whole[1].norm, parts[1].norm, rtol=1e-5)
     assert torch.allclose(whole[0].data, parts[0].data, rtol=1e-4, atol=1e-4 * float(whole[0].data.abs().max()))
     assert torch.allclose(whole[0].sigma2[0], parts[0].sigma2[0], rtol=1e-5)
+
+
+def test_images_on_the_device_give_the_same(rng: torch.Generator) -> None:
+    """Resident images are asked by group and device index, other images by index in main memory; shares of them too."""
+    images, particles, model = problem(rng)
+    grid, engine = make_grid(Sampling(order=1, offset_range=8, offset_step=4)), Engine(diameter=44, dtype=torch.float64, shrink=1 << 20)
+    two = replace(particles, optics=(OPTICS, replace(OPTICS, name="b")), group=torch.tensor([0, 1, 1, 0, 1, 0]))
+    pixels = images[torch.arange(N)]
+    held = Resident((pixels[two.group == 0], pixels[two.group == 1]), two.group, torch.tensor([0, 0, 1, 1, 2, 2]))
+    model = replace(model, sigma2=model.sigma2 * 2)
+    for some in (torch.arange(N), torch.tensor([1, 3, 4])):
+        plain = expectation(Stored(pixels[some]), two[some], model, grid, engine, (12, 8))
+        there = expectation(held.share(some), two[some], model, grid, engine, (12, 8))
+        assert torch.equal(plain[0].data, there[0].data)
+        assert all(torch.equal(a, b) for a, b in zip(vars(plain[1]).values(), vars(there[1]).values(), strict=True))
 
 
 def test_the_cross_correlation_mode_takes_one_sample(rng: torch.Generator) -> None:
