@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -45,7 +46,7 @@ class Class3dBench(BaseModel):
     pixel_size: float = Field(1.34, gt=0, description="pixel size at a box of 360 px; other boxes show the same field of view",
                               json_schema_extra={"unit": "Å"})  # fmt: skip
     classes: int = Field(6, ge=1, description="number of classes")
-    iterations: int = Field(5, ge=3, description="iterations; those after the second are averaged")
+    iterations: int = Field(5, ge=3, description="iterations; of those after the second the median is told")
     healpix_order: int = Field(2, ge=0, le=5, description="HEALPix order of the coarse grid; standard: 2")
     offset_range: float = Field(5, gt=0, description="range of the shift search; standard: 5", json_schema_extra={"unit": "px"})
     offset_step: float = Field(2, gt=0, description="its coarse step; standard: 2", json_schema_extra={"unit": "px"})
@@ -62,7 +63,8 @@ class Class3dBench(BaseModel):
 class Measured:
     """One configuration, measured."""
 
-    seconds: float  # an iteration, mean of those timed
+    seconds: float  # an iteration, median of those timed
+    each: list[float]  # of every iteration
     phases: dict[str, float]  # seconds of each phase of one iteration, the device waited for after each
     busy: float  # share of the E-step in which a kernel ran; nan where that is not known
     coarse_tflops: float  # of the coarse pass, thresholds included
@@ -112,14 +114,14 @@ def measure(params: Class3dBench, device: str, world: World) -> Measured:
         wait(device)
         seconds.append(time.perf_counter() - start)
     peak = peak_gb(on_gpu)
-    mean = sum(seconds[WARM:]) / len(seconds[WARM:])
     last = iterate(replace(job, engine=replace(job.engine, timed=True)), state)
     phases = {name: sum(last.seconds.get(part, 0.0) for part in parts) for name, parts in PHASES.items()}
     flop, ceiling = coarse_work(job, last, on_gpu)
     correct, off = agreement(made.particles.klass - 1, state.poses.klass, state.model.pdf_class)
     pixels = params.particles / world.size * params.box**2
     return Measured(
-        seconds=mean, phases=phases, busy=busy_share(job, last) if on_gpu else float("nan"), coarse_tflops=flop / phases["coarse"] / 1e12,
+        seconds=median(seconds[WARM:]), each=seconds, phases=phases,
+        busy=busy_share(job, last) if on_gpu else float("nan"), coarse_tflops=flop / phases["coarse"] / 1e12,
         coarse_ceiling=ceiling, windows_gbs=34 * pixels / phases["windows"] / 1e9, copy_gbs=copy_rate(device), peak_gb=peak,
         correct=correct, occupancy_error=off, state=state,
     )  # fmt: skip
