@@ -155,3 +155,6 @@ def test_an_image_that_is_not_a_number_keeps_its_pose_and_counts_for_nothing(rng
     torch.testing.assert_close(found.sigma2[0], clean.sigma2[0])
     torch.testing.assert_close(found.data, clean.data)
     assert poses.pmax[2] == 0 and poses.significant[2] == 0
+    alone, poses, _ = expectation(Stored(spoilt[2:3]), particles[2:3], model, grid, engine, (12, 8))  # a batch of nothing else
+    assert float(alone.weight.abs().max()) == 0 and float(alone.sigma2_weight.sum()) == 0 and poses.pmax.tolist() == [0.0]
+    torch.testing.assert_close(poses.rotation, particles.rotation[2:3])

@@ -284,6 +284,8 @@ def add_samples(step: Pass, group: Group, fine: Fine, gamma: Tensor, batch: Batc
     shell, n_shells = frame.pixels.shell[: frame.inside], frame.pixels.size // 2 + 1
     arrays = (w.masked * w.gain, w.gain.square(), w.unmasked * (w.data_gain * group.inverse), w.weight_gain * group.inverse)
     measuring, one = scale_pixels(step, frame), len(step.volumes) == 1
+    if not len(fine.image):  # no image of the batch has a finite likelihood
+        return torch.zeros(len(batch), 4, dtype=torch.float64, device=gamma.device)
     with step.clock("sums"):
         slices, row_slice, row_image, weights = weighted_rows(fine, gamma, len(batch), phases.shape[1])
     per_image = torch.zeros(len(batch), 4, dtype=torch.float64, device=gamma.device)

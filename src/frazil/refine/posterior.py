@@ -24,7 +24,7 @@ class Posterior:
 
 def posterior(step: Pass, fine: Fine, n: int) -> Posterior:
     """Γ = w / Σ w of every fine sample; those outside the smallest set that holds the wanted fraction become 0 (the sum stays whole)."""
-    found = significant(fine.image, fine.value.reshape(len(fine.value), -1), n, step.engine.fraction)
+    found = significant(fine.image, fine.value.flatten(1), n, step.engine.fraction)
     if step.engine.cc:  # the single best sample has Γ = 1 (spec 2.8)
         best = found.best[found.best >= 0]
         gamma = torch.zeros_like(fine.value)
@@ -49,7 +49,7 @@ def weighted_rows(fine: Fine, gamma: Tensor, images: int, shifts: int) -> tuple[
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     first = torch.cat([zero, torch.nonzero(change)[:, 0] + 1])
     start = torch.cat([first, torch.full_like(zero, len(gamma))])
-    pair_of = torch.cat([zero, change.long()]).cumsum(0)
+    pair_of = torch.cat([zero, change.long()])[: len(gamma)].cumsum(0)
     mass = gamma.new_zeros(len(first), children).index_add_(0, pair_of, gamma.sum(2))
     used = mass > 0
     orientation = fine.orientation[first]
