@@ -40,7 +40,7 @@ PHASES = {
 class Class3dBench(BaseModel):
     """Time 3D classification of simulated ribosome-like particles with the settings of the standard benchmark."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     particles: int = Field(8000, ge=10, description="number of particles")
     box: int = Field(360, ge=32, multiple_of=2, description="box", json_schema_extra={"unit": "px"})
     pixel_size: float = Field(1.34, gt=0, description="pixel size at a box of 360 px; other boxes show the same field of view",
