@@ -14,7 +14,7 @@ from frazil.maths.rotation import random_rotations
 from frazil.ops.project import project
 from frazil.refine.expectation import expectation
 from frazil.refine.model import Model
-from frazil.refine.residence import Resident
+from frazil.refine.residence import Resident, share
 from frazil.refine.sampling import Sampling, make_grid
 from frazil.refine.search import reference_volumes
 from frazil.refine.windows import Engine, make_frame, make_windows
@@ -116,7 +116,7 @@ def test_images_on_the_device_give_the_same(rng: torch.Generator) -> None:
     model = replace(model, sigma2=model.sigma2 * 2)
     for some in (torch.arange(N), torch.tensor([1, 3, 4])):
         plain = expectation(Stored(pixels[some]), two[some], model, grid, engine, (12, 8))
-        there = expectation(held.share(some), two[some], model, grid, engine, (12, 8))
+        there = expectation(share(held, some), two[some], model, grid, engine, (12, 8))
         assert torch.equal(plain[0].data, there[0].data)
         assert all(torch.equal(a, b) for a, b in zip(vars(plain[1]).values(), vars(there[1]).values(), strict=True))
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from frazil.data import Images, Particles
+from frazil.data import Particles
 from frazil.maths.filters import lowpass_map
 from frazil.maths.fourier import resolution_shell
 from frazil.maths.fourier2d import hermitian_planes, images_from_planes
@@ -25,6 +25,7 @@ from frazil.refine.classes import Reconstruction, class_shells
 from frazil.refine.convergence import after_changes, after_classification, changes, window_size
 from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Statistics
+from frazil.refine.residence import share
 from frazil.refine.sampling import Sampling
 from frazil.refine.search import reference_volumes
 from frazil.refine.settings import setting
@@ -195,16 +196,6 @@ def class2d(job: ClassifyJob, start: ClassifyState) -> Iterator[ClassifyState]:
         yield state
 
 
-class _Batch:
-    """The images of a mini-batch, by their number in it."""
-
-    def __init__(self, images: Images, members: Tensor) -> None:
-        self._images, self._members = images, members
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[self._members[index]]
-
-
 def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
     """One iteration of spec 5: a mini-batch in two pseudo-halves, a step of every average, running means of the parameters."""
     p, model = _params(job), state.model
@@ -223,14 +214,14 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
     progress = replace(state.progress, iteration=iteration, size=size, accuracy_rotation=best[0], accuracy_shift=best[1])
     progress = replace(progress, coarse_size=classify.coarse_size(job, sampling, model, size))
     before = replace(state, progress=progress, sampling=sampling, accuracy=accuracy)
-    halves, poses, seconds = expect_halves(job, before, members, volumes)
+    halves, poses, seconds, shrink = expect_halves(job, before, members, volumes)
     new = replace(state.poses, **{name: value.clone() for name, value in vars(state.poses).items()})
     new.put_(members, poses)
     q = state.particles
     moved = changes(q.rotation[members], poses.rotation, q.shift[members], poses.shift, torch.eye(3, dtype=torch.float64)[None])
     progress = after_changes(progress, *moved, sampling, float((poses.klass != state.poses.klass[members]).double().mean()))
     particles = replace(q, rotation=new.rotation, shift=new.shift, norm=new.norm, klass=new.klass + 1)
-    after = replace(before, progress=progress, particles=particles, poses=new)
+    after = replace(before, progress=progress, particles=particles, poses=new, shrink=shrink)
     clock = Clock(job.engine.device)
     with clock("M-step"):
         after = descend(job, after, halves, particles[members], (plan, volumes))
@@ -239,19 +230,20 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
 
 
 def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor, volumes: Tensor):
-    """E-step of the mini-batch's particles of even and of odd number apart: (two Statistics of residuals, Poses in order, seconds)."""
+    """E-step of the mini-batch's particles of even and odd number apart: (two Statistics of residuals, Poses in order, seconds, shrink)."""
     residual = replace(job, engine=replace(job.engine, residual=True))
     statistics, seconds = [], {}
     poses = classify.Poses.empty(len(members))
     for h in (0, 1):
         mine = torch.nonzero(members % 2 == h)[:, 0]
         some = members[mine]
-        part = replace(residual, images=_Batch(job.images, some))
-        sums, found, clock = classify.expect(part, replace(state, particles=state.particles[some]), None, False, volumes)
+        part = replace(residual, images=share(job.images, some))
+        sums, found, clock, shrink = classify.expect(part, replace(state, particles=state.particles[some]), None, False, volumes)
+        state = replace(state, shrink=shrink)  # found once
         poses.put_(mine, found)
         statistics.append(sums)
         seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
-    return statistics, poses, seconds
+    return statistics, poses, seconds, state.shrink
 
 
 def descend(

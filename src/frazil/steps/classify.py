@@ -6,6 +6,7 @@ the power of the map before. What depends on the dimension of the references is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,13 +35,14 @@ from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import World, with_less_memory
 from frazil.refine.planner import keep_on_device
-from frazil.refine.residence import Resident
+from frazil.refine.residence import share
 from frazil.refine.sampling import Sampling, fixed_grid, make_grid
 from frazil.refine.search import reference_volumes
 from frazil.refine.settings import MatchParams, Settings, setting
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine
 
+log = logging.getLogger("frazil.classify")
 UNKNOWN = 999.0  # an accuracy that was not estimated
 LEAST_SHARE = 0.01  # accuracies are estimated for classes with at least this share of the particles (spec 4.4)
 
@@ -123,6 +125,8 @@ class ClassifyState:
     emptied: tuple[int, ...] = ()  # classes that lost their last particle, or were seeded anew, in this iteration
     unmasked: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    shrink: int = 1  # batches are that much smaller than planned, since the device ran out of memory
+    maps_in_main: bool = False  # the M-step is made in main memory, since the device ran out of memory outside the batches
 
 
 def make_engine(params: ClassifyParams, **more: Any) -> Engine:
@@ -179,7 +183,22 @@ def classify(job: ClassifyJob, start: ClassifyState) -> Iterator[ClassifyState]:
 
 
 def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
-    """One iteration of spec 4.1."""
+    """One iteration of spec 4.1.
+
+    Batches that do not fit the device's memory are halved; where it runs out elsewhere the iteration begins again with maps and M-step
+    in main memory. Both are kept for the iterations after. Of several processes the others wait for this one: there it is an error.
+    """
+    try:
+        return _iterate(job, state)
+    except torch.OutOfMemoryError:
+        if state.maps_in_main or job.world.size > 1:
+            raise
+        log.warning("out of memory on %s: maps are kept and made in main memory from now on", job.engine.device)
+    torch.cuda.empty_cache()
+    return _iterate(job, replace(state, model=replace(state.model, maps=state.model.maps.cpu()), maps_in_main=True))
+
+
+def _iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     p, model = job.params, state.model
     iteration = state.progress.iteration + 1
     cc = iteration == 1 and p.firstiter_cc
@@ -204,13 +223,15 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     numbered = replace(state.particles, klass=at_live_classes(state.particles.klass - 1, live, model.classes) + 1)
     before = replace(state, progress=progress, sampling=sampling, model=classes_of(model, live), particles=numbered, accuracy=accuracy)
     assigned = None if cc or state.assigned is None else at_live_classes(state.assigned, live, model.classes)
-    statistics, poses, seconds = expect(job, before, assigned, cc, volumes)
+    statistics, poses, seconds, shrink = expect(job, before, assigned, cc, volumes)
     del volumes  # the M-step wants the memory
+    if state.maps_in_main:
+        statistics = replace(statistics, data=statistics.data.cpu(), weight=statistics.weight.cpu())
     poses = replace(poses, klass=live[poses.klass])
     moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(sampling.group))
     progress = after_changes(progress, *moved, sampling, float((poses.klass != state.poses.klass).double().mean()))
     particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
-    after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None)
+    after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None, shrink=shrink)
     with clock("M-step"):
         after = maximize(job, after, statistics, cc, tau2)
         full = copied(after.model, model.classes) if seeds else spread(after.model, live, model.classes)
@@ -280,25 +301,17 @@ def at_live_classes(assigned: Tensor, live: Tensor, classes: int) -> Tensor:
     return place[assigned]  # -1 takes the last entry, which is -1
 
 
-class _Share:
-    """The images of one process's particles, by their number among them."""
-
-    def __init__(self, images: Images, mine: Tensor) -> None:
-        self._images, self._mine = images, mine
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[self._mine[index]]
-
-
 def expect(
     job: ClassifyJob, state: ClassifyState, assigned: Tensor | None, cc: bool, volumes: Tensor | None = None
-) -> tuple[Statistics, Poses, dict[str, float]]:
-    """E-step of all particles with the state's model, sampling and sizes, shared out among the processes; volumes: the model's."""
+) -> tuple[Statistics, Poses, dict[str, float], int]:
+    """E-step of all particles with the state's model, sampling and sizes, shared out among the processes; volumes: the model's.
+
+    Also how much smaller than planned its batches had to be.
+    """
     p, world, progress, n = job.params, job.world, state.progress, len(state.particles)
     mine, particles, images = world.share(n), state.particles, job.images
     if world.size > 1:
-        particles = particles[mine]
-        images = images.share(mine) if isinstance(images, Resident) else _Share(images, mine)
+        particles, images = particles[mine], share(images, mine)
     if keeps_orientations(p):
         grid = fixed_grid(particles.rotation, None if p.skip_align else state.sampling)
     else:
@@ -311,9 +324,11 @@ def expect(
             given=Given(None if assigned is None else assigned[mine], volumes),
         )  # fmt: skip
 
-    engine = replace(job.engine, cc=cc, subpixel=p.skip_align, strict=p.strict_highres is not None)
-    statistics, poses, seconds = with_less_memory(engine, work)
-    return world.total(statistics), world.gather(poses, n), seconds
+    engine = replace(
+        job.engine, cc=cc, subpixel=p.skip_align, strict=p.strict_highres is not None, shrink=max(job.engine.shrink, state.shrink)
+    )
+    (statistics, poses, seconds), shrink = with_less_memory(engine, work)
+    return world.total(statistics), world.gather(poses, n), seconds, shrink
 
 
 def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc: bool, tau2: Tensor) -> ClassifyState:
