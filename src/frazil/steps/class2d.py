@@ -59,7 +59,7 @@ class Class2dParams(ClassifyParams):
     max_significant: int = setting(
         0, "most coarse samples a particle may take to the fine pass; 0: 1000 with em, 5 a class with vdam; -1: no limit", ge=-1
     )
-    psi_step: float = setting(12.0, "coarse step of the in-plane angle (half of it with one oversampling)", "degrees", "basic", gt=0, le=90)
+    psi_step: float = setting(12.0, "coarse step of the in-plane angle (half with one oversampling)", "degrees", "basic", ge=0.1, le=90)
     center_classes: bool = setting(True, "move every average's centre of mass to the centre of the box", level="basic")
     inactivity_threshold: float = setting(
         0.1, "vdam: a class with less than this part of particles / classes is replaced by a copy of the most active", ge=0, lt=1

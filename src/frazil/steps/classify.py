@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frazil.data import Images, Particles
-from frazil.maths.filters import lowpass_map, lowpass_weights
+from frazil.maths.filters import lowpass_map, lowpass_shell, lowpass_weights
 from frazil.maths.fourier import resolution_shell
 from frazil.maths.symmetry import operators
 from frazil.refine import settings
@@ -146,7 +146,7 @@ def initial_state(job: ClassifyJob, particles: Particles, references: Tensor, pi
         maps = maps[:1].expand(p.classes, *maps.shape[1:])
     sampling = p.sampling(pixel_size)
     noise = initial_noise(job.images, particles, (n, pixel_size), engine)
-    shell = resolution_shell(n, pixel_size, p.initial_lowpass)
+    shell = lowpass_shell(n, pixel_size, p.initial_lowpass)
     pdf = torch.full((p.classes,), 1 / p.classes, dtype=torch.float64)
     zero = torch.zeros(p.classes, n // 2 + 1, dtype=torch.float64)
     directions = make_grid(sampling).directions if not keeps_orientations(p) else 1
@@ -352,7 +352,7 @@ def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc:
         updated, maps=finished, tau2=tau2, data_vs_prior=ssnr, sigma2_map=made.sigma2_map,
         coverage=made.coverage,
     )  # fmt: skip
-    shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else int(class_shells(ssnr).max())
+    shell = lowpass_shell(box, pixel_size, p.initial_lowpass) if cc else int(class_shells(ssnr).max())
     progress = after_classification(replace(progress, ave_pmax=updated.ave_pmax), shell, box * pixel_size)
     return replace(state, progress=progress, model=updated, unmasked=maps if job.form.keep_unmasked else None)
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from frazil.data import Images, Particles, Volume
-from frazil.maths.filters import lowpass_map, lowpass_weights
-from frazil.maths.fourier import resolution_shell
+from frazil.maths.filters import lowpass_map, lowpass_shell, lowpass_weights
 from frazil.maths.fsc import corrected_fsc
 from frazil.maths.symmetry import operators
 from frazil.refine import maximization as m_step
@@ -130,7 +129,7 @@ def initial_state(job: Job, particles: Particles, reference: Volume) -> State:
         pdf_direction=torch.full((1, directions), 1 / directions, dtype=torch.float64), tau2=shells, data_vs_prior=shells.clone(),
         fsc=shells[0].clone(), sigma2_map=shells.clone(), coverage=shells.clone(),
     )  # fmt: skip
-    start = Progress(iteration=0, shell=resolution_shell(n, reference.pixel_size, p.initial_lowpass))
+    start = Progress(iteration=0, shell=lowpass_shell(n, reference.pixel_size, p.initial_lowpass))
     poses = replace(Poses.empty(len(particles)), rotation=particles.rotation, shift=particles.shift, norm=particles.norm)
     return State(start, sampling, (model, model), particles, poses)
 
@@ -256,7 +255,7 @@ def maximize(job: Job, state: State, models: tuple[Model, ...], statistics: list
     maps = [new_map(job, model, d.to(where), w.to(where), fsc, cc, joined=False) for model, (d, w) in zip(updated, sums, strict=True)]
     if joined is None:
         ssnr = maps[0].data_vs_prior[0]
-    initial_shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else None
+    initial_shell = lowpass_shell(box, pixel_size, p.initial_lowpass) if cc else None
     progress = after_maximization(progress, fsc, ssnr, box, pixel_size, initial_shell)
     return replace(state, progress=progress, models=(maps[0], maps[1]), joined=joined, unfiltered=unfiltered)
 
