@@ -9,7 +9,7 @@ import torch
 from frazil.maths.filters import lowpass_map
 from frazil.maths.rotation import random_rotations
 from frazil.simulate.averages import agreement, particles_of, pictures
-from frazil.steps.class2d import FORM, Class2dParams, GradientState, class2d, initial_state, resolved
+from frazil.steps.class2d import FORM, Class2dParams, GradientState, centred, class2d, initial_state, resolved
 from frazil.steps.classify import ClassifyJob, iterate, make_engine
 
 BOX, PIXEL, K, COUNT = 32, 4.0, 3, 300
@@ -101,6 +101,31 @@ def test_averages_are_centred(known):
         job = job_for(images, iterations=2, center_classes=wanted, initial_lowpass=12.0)
         found[wanted] = centre(last(job, blind, references=off).model.maps)
     assert found[True].norm(dim=1).max() < 1.0 < found[False].norm(dim=1).min()
+
+
+@pytest.mark.parametrize("loose", [1.2, 1.4, 1.6])
+@pytest.mark.parametrize("off", [0, 6])
+def test_a_particle_beside_others_keeps_the_middle(loose, off):
+    """A hollow sphere with one touching it and another farther off: centred again and again, it ends in the middle of the box.
+
+    With the mass of the whole box the average comes to rest between the two (half their distance, 11 px, away).
+    """
+    box, radius = 96, 20
+    line = torch.arange(box, dtype=torch.float64) - box // 2
+
+    def shell(x):
+        r2 = (line - x) ** 2 + line[:, None] ** 2
+        return (radius**2 - r2).clamp(min=0).sqrt() - ((0.65 * radius) ** 2 - r2).clamp(min=0).sqrt()
+
+    at = off
+    for _ in range(12):
+        field = shell(at) + shell(at + 2.1 * radius) + shell(at - 4.3 * radius)
+        job = job_for(torch.zeros(1), diameter=2 * radius * PIXEL * loose)
+        after = centred(job, field[None], PIXEL)
+        shift = [x for x in range(-3, 4) if torch.equal(after[0][:, 10:-10], torch.roll(field, x, 1)[:, 10:-10])]
+        assert len(shift) == 1
+        at += shift[0]
+    assert abs(at) <= (2 if loose < 1.5 else 3)
 
 
 @pytest.mark.parametrize("method", ["em", "vdam"])

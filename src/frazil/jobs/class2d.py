@@ -55,6 +55,8 @@ def run(params: Params, run: Run) -> None:
     world = world_of_environment()
     state, params, table = first_look(params)
     optics = table.particles.optics[int(table.particles.group.min())]
+    if params.reference is not None and "explore" not in params.model_fields_set:
+        params = params.model_copy(update={"explore": 0.0})  # who gives the averages wants these classes, not new ones in their place
     params = resolved(params, optics.pixel_size)
     images = open_checked(table, run.threads)
     references = None if params.reference is None else read_averages(params.reference, params.classes, optics.box, optics.pixel_size)
