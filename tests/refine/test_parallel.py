@@ -139,6 +139,15 @@ def test_shares_are_disjoint_and_complete():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_some_particles_are_shared_out_as_all_are():
+    """Each process has the images of its share of all: of any others it finds those, and none else."""
+    members = torch.tensor([0, 1, 4, 5, 6])
+    for size in (1, 2, 3):
+        for rank in range(size):
+            mine = members[World(rank, size).share(len(members), members)]
+            assert mine.tolist() == [i for i in members.tolist() if i in World(rank, size).share(N)]
+
+
 def test_alone_nothing_is_copied():
     world, sums = World(), statistics(1)
     assert world.total(sums) is sums and world.tell(sums) is sums and world_of_environment() == world

@@ -128,6 +128,65 @@ def test_a_particle_beside_others_keeps_the_middle(loose, off):
     assert abs(at) <= (2 if loose < 1.5 else 3)
 
 
+class Recorded(Stored):
+    """Images that remember which of them were asked for."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        super().__init__(images)
+        self.asked: list[int] = []
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        self.asked += index.tolist()
+        return super().__getitem__(index)
+
+
+def test_while_a_run_explores_particles_meet_averages_of_the_others(known):
+    """Halves take turns: what an iteration compares with is made of images it does not read. Then all take part, the last time too."""
+    _, images, blind, _, _ = known
+    pictures_read = Recorded(images)
+    job = replace(job_for(images, iterations=5, classes=6, explore=1.0), images=pictures_read)
+    state, read = initial_state(job, blind, PIXEL), []
+    for _ in range(5):
+        pictures_read.asked = []
+        before, state = state, iterate(job, state)
+        read.append(set(pictures_read.asked))
+        idle = torch.tensor(sorted(set(range(COUNT)) - read[-1]), dtype=torch.int64)
+        assert torch.equal(state.particles.rotation[idle], before.particles.rotation[idle])
+        assert torch.equal(state.poses.klass[idle], before.poses.klass[idle])
+    assert read[0] == read[2] and read[1] == read[3] and not read[0] & read[1]
+    assert len(read[0]) == COUNT // 2 and len(read[0] | read[1]) == len(read[4]) == COUNT
+
+
+def test_while_a_run_explores_a_large_class_has_no_advantage(known):
+    """With nine tenths of the prior and of the particles in one of two equal averages, the next iteration shares them out evenly."""
+    truth, images, blind, _, _ = known
+    share = {}
+    for explore in (0.9, 0.0):
+        job = job_for(images, iterations=4, classes=2, explore=explore, inactivity_threshold=0.0)
+        state = initial_state(job, blind, PIXEL, truth[:1].expand(2, BOX, BOX))
+        pdf = torch.tensor([0.9, 0.1], dtype=torch.float64)
+        model = replace(state.model, pdf_class=pdf, pdf_direction=pdf[:, None].expand_as(state.model.pdf_direction))
+        share[explore] = float(iterate(job, replace(state, model=model)).model.pdf_class[0])
+    assert share[0.9] == pytest.approx(0.5, abs=1e-3) and share[0.0] > 0.89
+
+
+def test_exploring_separates_views_that_share_classes_without_it():
+    """Eight pictures in sixteen classes, a quarter of the images pure noise: without it large classes hold two pictures, others nothing."""
+    generator = torch.Generator().manual_seed(9)
+    truth = pictures(8, BOX, generator)
+    images, particles, klass = particles_of(truth, 400, PIXEL, 1.0, 1.0, generator)
+    images[300:], klass[300:] = torch.randn(100, BOX, BOX, generator=generator), 8
+    n = len(particles)
+    blind = replace(particles, rotation=torch.eye(3, dtype=torch.float64).repeat(n, 1, 1), shift=torch.zeros(n, 2, dtype=torch.float64))
+    right, small = {}, {}
+    for explore in (0.6, 0.0):
+        found = last(job_for(images, classes=16, iterations=15, explore=explore), blind).particles.klass - 1
+        right[explore] = agreement(found, klass)
+        small[explore] = int((torch.bincount(found, minlength=16) < 0.2 * n / 16).sum())
+    assert right[0.6] > 0.92 > right[0.0] + 0.05
+    assert small[0.6] < small[0.0]
+
+
 @pytest.mark.parametrize("method", ["em", "vdam"])
 def test_a_run_in_pieces_is_the_same(known, method):
     """2 + 2 iterations = 4: all that an iteration needs is in the state. The same seed gives the same bits."""

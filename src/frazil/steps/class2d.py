@@ -70,7 +70,7 @@ class Class2dParams(ClassifyParams):
 
     def exploring(self, iteration: int) -> bool:
         """Whether this iteration of an em run takes half of the particles, all classes equally likely and filtered alike."""
-        return self.method == "em" and iteration <= self.explore * self.iterations
+        return self.method == "em" and iteration <= min(self.explore * self.iterations, self.iterations - 1)
 
     def reseed_threshold(self, iteration: int) -> float:
         """While a run explores a class that holds hardly anything starts anew."""
