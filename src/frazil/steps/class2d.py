@@ -245,12 +245,15 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
 
 
 def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor, volumes: Tensor):
-    """E-step of the mini-batch's particles of even and of odd number apart: (two Statistics of residuals, Poses in order, seconds)."""
+    """E-step of the mini-batch's particles of either half apart: (two Statistics of residuals, Poses in order, seconds).
+
+    Halves of the whole set, at random: each process takes every so-manieth particle, so even and odd numbers would not do.
+    """
     residual = replace(job, engine=replace(job.engine, residual=True))
     statistics, seconds = [], {}
     poses = classify.Poses.empty(len(members))
     for h in (0, 1):
-        mine = torch.nonzero(members % 2 == h)[:, 0]
+        mine = torch.nonzero(torch.isin(members, classify.half_of(len(state.particles), h, job.engine.seed)))[:, 0]
         sums, found, clock = classify.expect(residual, state, None, False, volumes, members[mine])
         poses.put_(mine, found)
         statistics.append(sums)
