@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -91,6 +91,15 @@ class Images(Protocol):
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """(b, y, x) float32 images at `index` (int64), all of one optics group; CPU tensor."""
+        ...
+
+
+@runtime_checkable
+class ResidentImages(Protocol):
+    """Images that lie on a device."""
+
+    def of_group(self, group: int, index: Tensor) -> Tensor:
+        """(b, y, x) images of an optics group at `index` (int64, on the device), on the device."""
         ...
 
 

@@ -12,7 +12,7 @@ from frazil.maths.fourier import half_volume_radius, image_ft, map_from_half_vol
 from frazil.maths.gridding import sinc2
 from frazil.maths.masks import soft_sphere
 from frazil.ops.insert import insert_
-from frazil.refine.maximization import prepare_sums_, wiener
+from frazil.refine.maximization import prepare_sums_, wiener_
 from frazil.refine.windows import Engine, make_frame
 from frazil.simulate import ImageStacks, Phantom, PoseDifference, Simulated, density
 
@@ -48,7 +48,8 @@ def sums_of_true_poses(
 
 def plain_map(data: Tensor, weight: Tensor, box: int, tau2: Tensor | None = None) -> Tensor:
     """(N, N, N) float64 B/W (regularised with tau2) without the soft sphere of a finished map."""
-    volume, _ = wiener(data.clone(), weight, tau2, PAD, box)
+    volume = data.clone()
+    wiener_(volume, weight, tau2, PAD, box)
     return map_from_half_volume(volume, PAD, box).double() / sinc2(box, PAD, dtype=torch.float64)
 
 

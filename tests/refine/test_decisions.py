@@ -12,7 +12,7 @@ from frazil.maths.fourier import half_volume_radii
 from frazil.maths.rotation import euler_to_matrix, matrix_to_euler, random_rotations, rotation_angle
 from frazil.maths.symmetry import operators
 from frazil.refine.convergence import Progress, coarse_window, first_below, next_sampling, resolution_shell_of, window_size
-from frazil.refine.maximization import averages, fsc_of_averages, gold_standard_spectra, wiener
+from frazil.refine.maximization import _by_shell_at_once, averages, by_shell, fsc_of_averages, gold_standard_spectra, shell_means, wiener_
 from frazil.refine.sampling import Sampling, _near_by_products, _near_by_tree, make_grid, neighbours
 
 
@@ -77,9 +77,10 @@ def test_wiener_has_its_limits(rng: torch.Generator) -> None:
     weight = 10 * torch.rand(data.shape, generator=rng, dtype=torch.float64) + 5
     radius = half_volume_radii(m)
     inside = radius <= m - 1
-    strong, coverage = wiener(data.clone(), weight, torch.full((9,), 1e12, dtype=torch.float64), pad, box)
+    strong, weak = data.clone(), data.clone()
+    coverage = wiener_(strong, weight, torch.full((9,), 1e12, dtype=torch.float64), pad, box)
     assert torch.allclose(strong[inside], (data / weight)[inside], rtol=1e-6) and float(coverage.min()) == 1.0
-    weak, coverage = wiener(data.clone(), weight, torch.full((9,), 1e-18, dtype=torch.float64), pad, box)
+    coverage = wiener_(weak, weight, torch.full((9,), 1e-18, dtype=torch.float64), pad, box)
     free = radius / pad < 4  # (the floor of a thousandth of the shell's mean denominator reaches into shell 4 from shell 5)
     assert torch.allclose(weak[free], (data / weight)[free], rtol=1e-6)  # shells below 5 are never regularised
     assert float(weak[radius / pad >= 4.5].abs().max()) < 1e-12 and float(coverage.max()) == 0.0
@@ -141,3 +142,31 @@ def test_children_cover_the_rotations_no_coarser_than_their_step(rng: torch.Gene
         near = rotation_angle(coarse, t).argsort()[:40]
         fine = grid.fine_rotations(near.repeat_interleave(8), torch.arange(8).repeat(40))
         assert rotation_angle(fine, t).min() < 1.2 * sphere.angular_step(3)
+
+
+def test_several_half_volumes_at_once_are_each_on_its_own(rng: torch.Generator) -> None:
+    """Shell means and the Wiener filter of a stack, and of every other volume of one (a view), against one volume at a time."""
+    m, pad, box = 9, 2.0, 8
+    weight = torch.rand(6, 2 * m + 1, 2 * m + 1, m + 1, generator=rng) * torch.tensor([0.0, 1, 10, 100, 1, 3])[:, None, None, None]
+    data = torch.randn(2, *weight.shape, generator=rng)
+    data = torch.complex(data[0], data[1]) * (weight > 0)
+    tau2 = torch.rand(6, box // 2 + 1, generator=rng, dtype=torch.float64)
+    for some in (slice(None), slice(1, None, 2)):
+        for how in ({}, {"strict": True}, {"floor": True}):
+            assert torch.equal(shell_means(weight[some], pad, 5, **how), torch.stack([shell_means(w, pad, 5, **how) for w in weight[some]]))
+        assert torch.allclose(shell_means(data[some], pad, 5), shell_means(data[some].abs().square(), pad, 5), rtol=1e-6)
+        together = data.clone()
+        coverage = wiener_(together[some], weight[some], tau2[some], pad, box)
+        for i, k in enumerate(range(6)[some]):
+            one = data[k].clone()
+            assert torch.equal(wiener_(one, weight[k], tau2[k], pad, box), coverage[i])
+            assert torch.equal(one, together[k])
+    assert float(together[1].abs().max()) > 0 and not torch.equal(together, data)
+    empty = data[0].clone()
+    assert float(wiener_(empty, weight[0], tau2[0], pad, box).abs().max()) == 0 and float(empty.abs().max()) == 0
+
+
+def test_one_histogram_of_all_classes_is_one_each(rng: torch.Generator) -> None:
+    shell, values = torch.randint(0, 6, (500,), generator=rng), torch.rand(3, 500, generator=rng)
+    assert torch.allclose(_by_shell_at_once(shell, values, 5), by_shell(shell, values, 5), rtol=1e-12)
+    assert by_shell(shell, values, 5)[1, 2] == pytest.approx(float(values[1][shell == 2].double().sum()))

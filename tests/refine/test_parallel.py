@@ -195,7 +195,7 @@ def test_smaller_batches_when_memory_runs_out():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "done"
 
-    assert with_less_memory(Engine(diameter=1), needs_a_quarter) == "done" and tried == [1, 2, 4]
+    assert with_less_memory(Engine(diameter=1), needs_a_quarter) == ("done", 4) and tried == [1, 2, 4]
 
     def never(engine: Engine) -> str:
         tried.append(engine.shrink)

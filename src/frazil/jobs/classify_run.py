@@ -15,7 +15,16 @@ from frazil.io.images import StackImages
 from frazil.io.particles import ANGLES, ParticleSet, match_by_image_name
 from frazil.io.star import read_star
 from frazil.jobs.classify_files import Output, host_copy, pack_state, read_classification, resolutions, write_iteration
-from frazil.jobs.particles_input import Subset, memory_budget, peak_memory, read_table, tick, usable_particles, warn_of_oddities
+from frazil.jobs.particles_input import (
+    Subset,
+    check_search,
+    memory_budget,
+    peak_memory,
+    read_table,
+    tick,
+    usable_particles,
+    warn_of_oddities,
+)
 from frazil.jobs.refine_files import beside
 from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
@@ -82,6 +91,7 @@ def begin(
     """(job on the usable particles, which they are, checkpoint of a stopped run, memory budget); what is left out or odd is said."""
     used = usable_particles(run, table, images, lambda good: check_counts(params, good, len(table), params.particles or params.continue_))
     warn_of_oddities(run, params.diameter, table, images, used)
+    check_search(params.offset_range, params.offset_step, table.particles, params.strict_highres)
     saved = world.tell(run.load_checkpoint() if world.rank == 0 else None)
     budget, count = memory_budget(run, (saved or {}).get("budget", 0)), len(used)
     engine = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)

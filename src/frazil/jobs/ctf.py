@@ -54,7 +54,7 @@ COMMENT = "frazil…: standard deviations in Å and degrees; curves by frequency
 class Params(BaseModel):
     """Estimate the CTF of micrographs from their Thon rings: defocus, astigmatism, on request the phase shift; and how good it is."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     micrographs: Path = Field(description="STAR file of micrographs, as `frazil motion` writes it, or one image")
     use_power_spectra: bool = Field(False, description="use the spectra that motion correction saved (rlnCtfPowerSpectrum)")
     min_defocus: float = Field(3000.0, gt=0, description="least mean defocus searched", json_schema_extra=ANGSTROM)

@@ -52,7 +52,7 @@ def _expert(unit: str) -> JsonDict:
 class Params(BaseModel):
     """Correct the motion of movies: gain, bad pixels, alignment of frames and patches, dose-weighted sums."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     movies: Path = Field(description="STAR file of movies, as `frazil import` writes it")
     dose: float = Field(0.0, ge=0, description="dose of a frame (of EER: of a camera frame); 0: not known, no "
         "weighting", json_schema_extra={"unit": "e/Å²"})

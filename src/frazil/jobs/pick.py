@@ -39,7 +39,7 @@ CROWDED = 1.25  # mean distance over the least one in a picture full of picks
 class Params(BaseModel):
     """Find particles in micrographs: give --templates, --reference, --log-diameter, or --read-fom of an earlier run."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     micrographs: Path = Field(description="STAR file of micrographs, with or without CTF; or one image (.mrc, .tif)")
     templates: Path | None = Field(None, description="templates, white on black: a stack (.mrcs) or a STAR file of class averages")
     reference: Path | None = Field(None, description="a map whose views are the templates")

@@ -113,9 +113,9 @@ def ctf(
     k2 = magnified(k.double(), optics).square().sum(-1)
     if mode == "intact_first_peak":
         out = torch.where(chi.abs() < math.pi / 2, torch.ones_like(out), out)
-    if bool((b_factor != 0).any()):
+    if out.is_cuda or bool((b_factor != 0).any()):  # looking would make the host wait for a GPU, and these change nothing there
         out = out * torch.exp(-0.25 * b_factor.to(k2)[:, None] * k2).to(dtype)
-    if bool((scale != 1).any()):
+    if out.is_cuda or bool((scale != 1).any()):
         out = out * scale.to(out)[:, None]
     if mode == "phase_flipped":
         out = out.abs()

@@ -203,21 +203,21 @@ def _padded_by_products(volume: Tensor, big: int, m: int) -> Tensor:
     return out
 
 
-def _cropped_by_products(half: Tensor, big: int, box: int) -> Tensor:
-    """(N, N, N) inverse of `_padded_by_products`: ±P N/2 are one frequency of the padded grid, what is beyond counts for nothing."""
+def _cropped_by_products(half: Tensor, big: int, box: int, scale: float) -> Tensor:
+    """(N, N, N) inverse of `_padded_by_products`, times `scale`: ±P N/2 are one frequency of the padded grid, the rest is left out."""
     m = half.shape[-1] - 1
     both, positive = torch.arange(-m, m + 1, device=half.device), torch.arange(m + 1, device=half.device)
     share = torch.where(2 * both.abs() < big, 1.0, torch.where(2 * both.abs() == big, 0.5, 0.0)).to(half.real.dtype)
     wave = _waves(both, box, big, half).conj() * share  # (z, kz)
-    twice = torch.where(2 * positive < big, 2.0, torch.where(2 * positive == big, 1.0, 0.0)).to(half.real.dtype)
-    twice[0] = 1.0
+    twice = torch.where(2 * positive < big, 2.0, torch.where(2 * positive == big, 1.0, 0.0)).to(half.real.dtype) * scale
+    twice[0].fill_(scale)  # an assignment would make the host wait for the GPU
     right = torch.view_as_real(_waves(positive, box, big, half) * twice).permute(1, 2, 0).reshape(-1, box)  # Re(f conj(w)) = re·re + im·im
     out = half.real.new_empty(box, box, box)
     for z in torch.arange(box).split(max(1, PRODUCT // half[0].numel())):
         some = slice(int(z[0]), int(z[-1]) + 1)
         part = (wave[some] @ half.reshape(2 * m + 1, -1)).view(-1, 2 * m + 1, m + 1)  # (z, ky, kx)
         part = (part.transpose(1, 2) @ wave.T).transpose(1, 2).contiguous()  # (z, y, kx)
-        out[some] = (torch.view_as_real(part).reshape(len(z) * box, -1) @ right).view(-1, box, box)
+        torch.mm(torch.view_as_real(part).reshape(len(z) * box, -1), right, out=out[some].view(-1, box))
     return out
 
 
@@ -226,7 +226,7 @@ def map_from_half_volume(half: Tensor, pad: float, box: int) -> Tensor:
     m = half.shape[-1] - 1
     big = round_half_away(pad * box)
     if half.is_cuda:
-        return _cropped_by_products(half, big, box) * (box**2 / big**3)
+        return _cropped_by_products(half, big, box, box**2 / big**3)
     keep = torch.arange(-(box // 2), box - box // 2, device=half.device) % big
     reach = min(m, (big - 1) // 2)
     width = big // 2 + 1
@@ -253,15 +253,15 @@ def map_from_half_volume(half: Tensor, pad: float, box: int) -> Tensor:
 
 
 def make_hermitian_(data: Tensor) -> Tensor:
-    """Replace the x = 0 plane of a half volume by f(y, z) + conj f(−y, −z) (spec 3.1), in place; also for real weights. Returns it.
+    """Replace the x = 0 plane of half volumes (…, z, y, x) by f(y, z) + conj f(−y, −z) (spec 3.1), in place; also weights. Returns them.
 
     The origin is its own mate and stays as it is.
     """
     m = data.shape[-1] - 1
-    origin = data[m, m, 0].clone()
-    mate = data[:, :, 0].flip(0, 1)
-    data[:, :, 0] += mate.conj() if data.is_complex() else mate
-    data[m, m, 0] = origin
+    origin = data[..., m, m, 0].clone()
+    mate = data[..., 0].flip(-2, -1)
+    data[..., 0] += mate.conj() if data.is_complex() else mate
+    data[..., m, m, 0] = origin
     return data
 
 

@@ -49,16 +49,17 @@ def expected_accuracy(
 
 def expected_accuracies(
     particles: Particles, model: Model, classes: Tensor, engine: Engine, size: int, generator: torch.Generator,
-    volumes: Tensor | None = None,
+    made: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """(k, 2) float64 expected error of rotation (degrees) and shift (Å) of classes (k,), mean over `particles` at their present poses.
 
     For each particle one of rot, tilt, psi (2D classes: psi) and one of x, y is drawn; the squared difference of CTF-modulated slices
-    over 2σ² is followed up a ladder of errors to ln 100. All classes are compared at once: memory grows with their number. volumes:
-    `reference_volumes` of `classes`, for this window or a larger one, where they are made already.
+    over 2σ² is followed up a ladder of errors to ln 100. All classes are compared at once, with the same draws. made:
+    `reference_volumes` for this window or a larger one and (k,) the place of `classes` in them, where there are any already.
     """
-    if volumes is None:
+    if made is None:
         volumes = reference_volumes(replace(model, maps=model.maps[classes.to(model.maps.device)]), size, engine)
+        made = volumes, torch.arange(len(classes))
     errors = []
     for g, optics in enumerate(particles.optics):
         index = torch.nonzero(particles.group == g)[:, 0]
@@ -68,23 +69,25 @@ def expected_accuracies(
         bytes_each = len(ladder(ANGLES)) * frame.inside * len(classes) * (24 if engine.dtype == torch.float32 else 40)
         for some in index.split(max(1, engine.budget // 8 // bytes_each)):
             inverse = 0.5 / model.sigma2[g].to(engine.device)[frame.pixels.shell[: frame.inside]]
-            inverse[0] = 0
-            errors.append(_errors(particles, some, volumes, frame, inverse, engine, generator))
+            inverse[0].fill_(0)
+            errors.append(_errors(particles, some, made, frame, inverse, engine, generator))
     return torch.cat(errors, 1).mean(1)
 
 
 def _errors(
-    particles: Particles, some: Tensor, volumes: Tensor, frame: Frame, inverse: Tensor, engine: Engine, generator: torch.Generator
-) -> Tensor:
-    """(k, n, 2) float64 errors of rotation and shift of the particles `some` of one optics group against each of `volumes`."""
-    angles, shifts, n, k, optics = ladder(ANGLES), ladder(SHIFTS), len(some), len(volumes), frame.optics
+    particles: Particles, some: Tensor, made: tuple[Tensor, Tensor], frame: Frame, inverse: Tensor, engine: Engine,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """(k, n, 2) float64 errors of rotation and shift of the particles `some` of one optics group against each class."""
+    volumes, place = made
+    angles, shifts, n, k, optics = ladder(ANGLES), ladder(SHIFTS), len(some), len(place), frame.optics
     c = particle_ctf(particles, some, frame.k, optics, engine).double() * frame.amplitude
     weight = c.square() * (c.square() if optics.ctf_premultiplied else 1) * inverse
     euler = matrix_to_euler(particles.rotation[some])[:, None].repeat(1, len(angles), 1)
     turned = torch.randint(3, (n,), generator=generator)
     euler[torch.arange(n), :, torch.full_like(turned, 2) if volumes.ndim == 3 else turned] += angles
     rotations = euler_to_matrix(euler.reshape(-1, 3)).to(device=engine.device, dtype=engine.dtype)
-    which = torch.arange(k, device=engine.device).repeat_interleave(len(rotations))
+    which = place.to(engine.device).repeat_interleave(len(rotations))
     slices = project(
         volumes, rotations.repeat(k, 1, 1), frame.coords, engine.pad, which=which, implementation=engine.implementation
     ).view(k, n, len(angles), -1)  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from frazil.refine.maximization import MIN_SHELL, make_finish, map_variance, prepare_sums_, reconstruct, shell_means
+from frazil.refine.maximization import MIN_SHELL, finished_map, make_finish, map_variance, prepare_sums_, shell_means, wiener_
 from frazil.refine.model import Model, Statistics
 from frazil.refine.parallel import World
 from frazil.refine.windows import Engine
@@ -30,7 +30,7 @@ class Reconstruction:
 
 def reference_power(volumes: Tensor, box: int, pad: float) -> Tensor:
     """(K, N/2+1) float64 signal variance τ² of the half volumes (K, …) the E-step sees (spec 3.3a)."""
-    return torch.stack([0.5 * shell_means(ft.real.square() + ft.imag.square(), pad, box // 2 + 1) for ft in volumes]).cpu()
+    return 0.5 * shell_means(volumes, pad, box // 2 + 1)
 
 
 def first_data_vs_prior(tau2: Tensor, sigma2: Tensor, particles: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def reconstruct_classes(
     statistics: Statistics, tau2: Tensor, group: str, box: int, engine: Engine, place: str,
     *, alike: bool = False, world: World | None = None,
 ) -> Reconstruction:  # fmt: skip
-    """Maps of all classes from their sums and T·τ² (K, N/2+1), one class in work at a time, the maps on the device `place`.
+    """Maps of all classes from their sums (used up) and T·τ² (K, N/2+1), the maps on the device `place`.
 
     alike: all are filtered with the mean of their filters. A class without weight becomes a map of zeros. world: each process makes
     its `World.own` classes and leaves the maps of the others zeros; the spectra are of all.
@@ -65,23 +65,28 @@ def reconstruct_classes(
     k, pad = len(tau2), engine.pad
     given = tau2
     if alike and k > 1:
-        given, tau2 = filtered_alike(tau2, torch.stack([shell_means(each, pad, tau2.shape[1]) for each in statistics.weight]))
+        given, tau2 = filtered_alike(tau2, shell_means(statistics.weight, pad, tau2.shape[1]))
     maps = torch.zeros(k, box, box, box, dtype=engine.dtype, device=place)
-    spectra, finish = torch.zeros(3, k, box // 2 + 1, dtype=torch.float64), None
-    for i in world.own(k):
-        data, weight = prepare_sums_(statistics.data[i], statistics.weight[i], group, engine.implementation)
-        spectra[0, i] = data_vs_prior(weight, tau2[i], pad)
-        spectra[1, i] = map_variance(weight, pad, box)
-        if bool(spectra[1, i].max() > 0):
-            finish = finish or make_finish(box, pad, data.device, engine.dtype)
-            density, spectra[2, i] = reconstruct(data, weight, given[i], pad, box, engine.dtype, finish)
-            maps[i] = density.to(place)
+    spectra, own = torch.zeros(3, k, box // 2 + 1, dtype=torch.float64), slice(world.rank, k, world.size)
+    data, weight = statistics.data[own], statistics.weight[own]
+    if len(data):
+        if group == "C1":
+            prepare_sums_(data, weight, group)
+        else:  # a class at a time: the sums over the group are made beside it
+            for d, w in zip(data, weight, strict=True):
+                d[:], w[:] = prepare_sums_(d, w, group, engine.implementation)
+        spectra[0, own] = data_vs_prior(weight, tau2[own], pad)
+        spectra[1, own] = map_variance(weight, pad, box)
+        spectra[2, own] = wiener_(data, weight, given[own], pad, box)
+        finish = make_finish(box, pad, data.device, engine.dtype)
+        for i, volume in zip(world.own(k), data, strict=True):
+            maps[i] = finished_map(volume, pad, box, engine.dtype, finish)
     return Reconstruction(maps, *world.add_up_(spectra))
 
 
 def data_vs_prior(weight: Tensor, tau2: Tensor, pad: float) -> Tensor:
-    """(N/2+1,) SSNR mean(κ T τ² W) of a half volume's weights; tau2 holds T·τ² (spec 3.3a)."""
-    return shell_means(weight, pad, len(tau2)) * pad**3 * tau2
+    """(…, N/2+1) SSNR mean(κ T τ² W) of half volumes' weights (…, 2M+1, 2M+1, M+1); tau2 holds T·τ² (spec 3.3a)."""
+    return shell_means(weight, pad, tau2.shape[-1]) * pad**3 * tau2
 
 
 def class_shells(ssnr: Tensor) -> Tensor:

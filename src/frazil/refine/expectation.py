@@ -113,9 +113,9 @@ def expectation(
     table, model = particles.to(engine.device), replace(model, scales=model.scales.to(engine.device))
     given = given or Given()
     step = make_pass(model, grid, engine, sizes, clock, given.volumes)
-    poses = Poses.empty(len(particles))
+    poses = Poses.empty(len(particles), engine.device)
     sums: Sums | None = None
-    done = lost = 0
+    done, found = 0, torch.zeros((), dtype=torch.int64, device=engine.device)
     for g, optics in enumerate(particles.optics):
         members = torch.nonzero(particles.group == g)[:, 0]
         if len(members) == 0:
@@ -124,26 +124,29 @@ def expectation(
         plan = make_plan(shape_of(step, frame), engine.budget, engine.shrink)
         group = make_group(step, g, frame, plan)
         sums = sums or new_sums(step, particles.optics, len(particles.micrographs), plan.sum_dtype)
-        for index, only in batches(members, given.assigned, plan.images):
+        for index, at, only in batches(members, given.assigned, plan.images, engine.device):
             with clock("windows"):
-                windows = windows_in_parts(images, table, index, frame, model, engine, g, plan.window_images)
-                batch = make_batch(step, group, table, index.to(engine.device), windows)
-            lost += run_batch(step, group, batch, only, sums, poses)
+                windows = windows_in_parts(images, table, (index, at), frame, model, engine, g, plan.window_images)
+                batch = make_batch(step, group, table, at, windows)
+            found += run_batch(step, group, batch, only, sums, poses)
             done += len(index)
             tick(done)
     assert sums is not None, "no particles in any optics group"
-    if lost:
+    poses = poses.to("cpu")
+    if lost := done - int(found):
         log.warning("%d particles have no orientation of finite likelihood and keep their old one, with no weight", lost)
     return sums.finish(poses), poses, clock.seconds
 
 
-def batches(members: Tensor, assigned: Tensor | None, most: int) -> Iterator[tuple[Tensor, int | None]]:
-    """(indices, the only class they may belong to or None) of at most so many particles; assigned −1: any class."""
-    if assigned is None:
-        yield from ((index, None) for index in members.split(most))
-        return
-    for k in assigned[members].unique().tolist():
-        yield from ((index, None if k < 0 else k) for index in members[assigned[members] == k].split(most))
+def batches(members: Tensor, assigned: Tensor | None, most: int, device: str) -> Iterator[tuple[Tensor, Tensor, int | None]]:
+    """(indices, the same on the device, the only class they may belong to or None) of at most so many particles; assigned −1: any class.
+
+    All indices go to the device at once: a copy a batch would make the host wait for what is queued before it.
+    """
+    for k in [-1] if assigned is None else assigned[members].unique().tolist():
+        some = members if assigned is None else members[assigned[members] == k]
+        for index, at in zip(some.split(most), some.to(device).split(most), strict=True):
+            yield index, at, None if k < 0 else k
 
 
 def shape_of(step: Pass, frame: Frame) -> Shape:
@@ -182,8 +185,8 @@ def make_batch(step: Pass, group: Group, particles: Particles, index: Tensor, wi
     return Batch(particles, index, windows, y, q, old)
 
 
-def run_batch(step: Pass, group: Group, batch: Batch, only: int | None, sums: Sums, poses: Poses) -> int:
-    """Both passes and the sums for a batch of particles; returns how many of them found no sample at all."""
+def run_batch(step: Pass, group: Group, batch: Batch, only: int | None, sums: Sums, poses: Poses) -> Tensor:
+    """Both passes and the sums for a batch of particles; returns () int64, on the device, how many of them found any sample."""
     engine, grid, index = step.engine, step.grid, batch.index
     if grid.sampling.sigma is None and grid.rotations is None:
         coarse, left_out = coarse_global(step, group, batch.y, batch.q, batch.old, only)
@@ -200,16 +203,20 @@ def run_batch(step: Pass, group: Group, batch: Batch, only: int | None, sums: Su
             log_orientation = torch.zeros_like(log_orientation)
         else:
             keep = significant(coarse.image, coarse.value, len(index), engine.fraction, engine.max_significant, left_out).keep
+            keep = torch.nonzero(keep)[:, 0]
             coarse, log_orientation = coarse[keep], log_orientation[keep]
-    lost = 0
-    for lo, hi in sub_batches(coarse, len(index), group.plan.entries):
-        mine = (coarse.image >= lo) & (coarse.image < hi)
-        some = coarse[mine]
-        some = Found(some.image - lo, some.orientation, some.shift, some.value)
-        part, found = fine_batch(step, group, some, log_orientation[mine], batch[lo:hi], sums)
+    parts = sub_batches(coarse, len(index), group.plan.entries)
+    found = torch.zeros((), dtype=torch.int64, device=index.device)
+    for lo, hi in parts:
+        some, prior = coarse, log_orientation
+        if len(parts) > 1:
+            mine = torch.nonzero((coarse.image >= lo) & (coarse.image < hi))[:, 0]
+            some, prior = coarse[mine], log_orientation[mine]
+            some = Found(some.image - lo, some.orientation, some.shift, some.value)
+        part, any_sample = fine_batch(step, group, some, prior, batch[lo:hi], sums)
         poses.put_(index[lo:hi], part)
-        lost += hi - lo - found
-    return lost
+        found += any_sample.sum()
+    return found
 
 
 def sub_batches(coarse: Found, images: int, entries: int) -> list[tuple[int, int]]:
@@ -225,8 +232,8 @@ def sub_batches(coarse: Found, images: int, entries: int) -> list[tuple[int, int
     return [*out, (lo, images)]
 
 
-def fine_batch(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, batch: Batch, sums: Sums) -> tuple[Poses, int]:
-    """Pass 2 and the sums of some images. Adds to `sums`; returns their poses, and how many images have a sample."""
+def fine_batch(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, batch: Batch, sums: Sums) -> tuple[Poses, Tensor]:
+    """Pass 2 and the sums of some images. Adds to `sums`; returns their poses, and (b,) bool which images have a sample."""
     fine = fine_pass(step, group, coarse, log_orientation, batch.y, batch.q, batch.old)
     with step.clock("posterior"):
         post = posterior(step, fine, len(batch))
@@ -238,8 +245,11 @@ def fine_batch(step: Pass, group: Group, coarse: Found, log_orientation: Tensor,
 
 def best_poses(
     step: Pass, group: Group, fine: Fine, post: Posterior, coarse: Found, residual: Tensor, batch: Batch
-) -> tuple[Poses, int]:
-    """The best sample of each image. One without any (all excluded, or its likelihoods not finite) keeps what it had (spec 2.7)."""
+) -> tuple[Poses, Tensor]:
+    """The best sample of each image, and (b,) bool whether it has any.
+
+    One without any (all excluded, or its likelihoods not finite) keeps what it had (spec 2.7).
+    """
     grid, n, particles, index = step.grid, len(batch), batch.particles, batch.index
     some = post.best >= 0
     best = post.best.clamp(min=0)
@@ -251,8 +261,7 @@ def best_poses(
     old_rotation, old_shift = particles.rotation[index], particles.shift[index]
     if len(fine.image):
         orientation = fine.slices.orientation[:: grid.children][fine.orientation[entry]]
-        fine_shifts = grid.fine_shifts().to(norm)
-        shift = batch.windows.pre_shift.to(norm) + fine_shifts[fine.shift[entry] * grid.shift_children + small]
+        shift = batch.windows.pre_shift.to(norm) + group.fine_shifts[fine.shift[entry] * grid.shift_children + small]
         rotation = grid.fine_rotations(orientation % grid.orientations, child)
         klass = orientation // grid.orientations
     else:
@@ -260,9 +269,10 @@ def best_poses(
     found = Poses(
         torch.where(some[:, None, None], rotation, old_rotation), torch.where(some[:, None], shift, old_shift),
         torch.where(some, klass, particles.klass[index].sub(1).clamp(min=0)), norm, post.pmax,
-        torch.bincount(coarse.image, minlength=n), torch.where(some, log_likelihood(step, group, batch, post.log_norm), 0.0),
+        torch.zeros(n, dtype=torch.int64, device=norm.device).index_add_(0, coarse.image, torch.ones_like(coarse.image)),
+        torch.where(some, log_likelihood(step, group, batch, post.log_norm), 0.0),
     )  # fmt: skip
-    return found, int(some.sum())
+    return found, some
 
 
 def add_samples(step: Pass, group: Group, fine: Fine, gamma: Tensor, batch: Batch, sums: Sums) -> Tensor:
@@ -274,6 +284,8 @@ def add_samples(step: Pass, group: Group, fine: Fine, gamma: Tensor, batch: Batc
     shell, n_shells = frame.pixels.shell[: frame.inside], frame.pixels.size // 2 + 1
     arrays = (w.masked * w.gain, w.gain.square(), w.unmasked * (w.data_gain * group.inverse), w.weight_gain * group.inverse)
     measuring, one = scale_pixels(step, frame), len(step.volumes) == 1
+    if not len(fine.image):  # no image of the batch has a finite likelihood
+        return torch.zeros(len(batch), 4, dtype=torch.float64, device=gamma.device)
     with step.clock("sums"):
         slices, row_slice, row_image, weights = weighted_rows(fine, gamma, len(batch), phases.shape[1])
     per_image = torch.zeros(len(batch), 4, dtype=torch.float64, device=gamma.device)
@@ -319,7 +331,7 @@ def add_statistics(step: Pass, group: Group, fine: Fine, gamma: Tensor, per_imag
     orientation = fine.slices.orientation[:: grid.children][fine.orientation]
     klass = orientation // grid.orientations
     sums.direction.view(-1).index_add_(0, klass * grid.directions + orientation % grid.orientations // grid.n_psi, each_entry)
-    shifts = grid.fine_shifts().reshape(-1, grid.shift_children, 2).to(at)
+    shifts = group.fine_shifts.view(-1, grid.shift_children, 2)
     total_shift = w.pre_shift[fine.image, None] + shifts[fine.shift]  # (entries, c, 2)
     centre = centre_of(step, klass).expand(len(klass), 2)
     if particles.prior_shift is not None and len(step.offset) == 1:
@@ -340,6 +352,6 @@ def log_likelihood(step: Pass, group: Group, batch: Batch, log_norm: Tensor) -> 
         return log_norm.double()
     power = batch.windows.window_power
     sigma2 = step.model.sigma2[group.number].to(power)[1 : power.shape[1]]
-    count = torch.bincount(group.frame.pixels.shell, minlength=len(sigma2) + 1)[1:].to(sigma2)
+    count = group.frame.window_start.diff()[1:].to(sigma2)
     constant = (count * torch.log(2 * math.pi * sigma2)).sum()
     return log_norm.double() - 0.5 * (power[:, 1:] / sigma2).sum(1) - constant

@@ -23,7 +23,7 @@ MIN_SHELL = 5  # shells below are never regularised, and no resolution is below 
 
 
 def prepare_sums_(data: Tensor, weight: Tensor, group: str, implementation: str | None = None) -> tuple[Tensor, Tensor]:
-    """Hermitian plane x = 0 (in place), then the sum over the point group (spec 3.2, this order)."""
+    """Hermitian plane x = 0 (in place), then the sum over the point group (spec 3.2, this order); of C1 of several half volumes too."""
     data, weight = make_hermitian_(data), make_hermitian_(weight)
     ops = operators(group)
     if len(ops) == 1:
@@ -32,30 +32,43 @@ def prepare_sums_(data: Tensor, weight: Tensor, group: str, implementation: str 
 
 
 def shell_means(value: Tensor, pad: float, shells: int, *, floor: bool = False, strict: bool = False) -> Tensor:
-    """(shells,) float64 means of a real half volume over shells round(|p|/P) (or floor) within its sphere; 0 where a shell is empty.
+    """(…, shells) float64 means of half volumes (…, 2M+1, 2M+1, M+1) over shells round(|p|/P) (or floor) within their sphere.
 
-    strict: |p| below the sphere's radius only, as spec (3.2) has it; else up to it.
+    Real values, or complex ones, of which |value|² is averaged; 0 where a shell is empty. strict: |p| below the sphere's radius only, as
+    spec (3.2) has it; else up to it. Several volumes go through each slab of planes together.
     """
     m = value.shape[-1] - 1
-    total = torch.zeros(shells, dtype=torch.float64, device=value.device)
-    count = torch.zeros_like(total)
-    for part, radius in slabs(m, value.device):
+    stack = value.reshape(-1, *value.shape[-3:])
+    total = torch.zeros(len(stack), shells, dtype=torch.float64, device=value.device)
+    count = total.new_zeros(1, shells)
+    for part, radius in slabs(m, value.device, most=max(1, (1 << 24) // len(stack))):
         inside = radius < m - 1 if strict else radius <= m - 1
         shell = ((radius / pad) if floor else (radius / pad + 0.5)).long()
-        inside &= shell < shells
-        shell = torch.where(inside, shell, shells)
-        total += by_shell(shell, value[part], shells)
-        count += torch.bincount(shell.reshape(-1), minlength=shells + 1)[:shells]
-    return torch.where(count > 0, total / count.clamp(min=1), 0).cpu()
+        shell = torch.where(inside & (shell < shells), shell, shells)
+        some = stack[:, part]
+        total += by_shell(shell, some.real.square() + some.imag.square() if some.is_complex() else some, shells)
+        count += by_shell(shell, torch.ones_like(shell)[None], shells)
+    return torch.where(count > 0, total / count.clamp(min=1), 0).cpu().reshape(*value.shape[:-3], shells)
 
 
-def by_shell(shell: Tensor, value: Tensor, shells: int) -> Tensor:
-    """(shells,) float64 sums of values whose shell is below `shells`."""
-    return torch.bincount(shell.reshape(-1), value.reshape(-1).double(), minlength=shells + 1)[:shells]
+def by_shell(shell: Tensor, values: Tensor, shells: int) -> Tensor:
+    """(k, shells) float64 sums of `values` (k, …) over the elements of each shell (…) below `shells`; numbers beyond: shells."""
+    shell, values = shell.reshape(-1), values.reshape(len(values), -1)
+    if shell.is_cuda:
+        return _by_shell_at_once(shell, values, shells)
+    return torch.stack([torch.bincount(shell, v.double(), minlength=shells + 1)[:shells] for v in values])
+
+
+def _by_shell_at_once(shell: Tensor, values: Tensor, shells: int) -> Tensor:
+    """`by_shell` of flat shells (n,) and values (k, n) as one histogram: on a GPU each makes the host wait."""
+    k = len(values)
+    of_class = shell + torch.arange(k, device=shell.device)[:, None] * (shells + 1)
+    sums = torch.bincount(of_class.reshape(-1), values.double().reshape(-1), minlength=k * (shells + 1))
+    return sums.view(k, shells + 1)[:, :shells]
 
 
 def map_variance(weight: Tensor, pad: float, box: int) -> Tensor:
-    """(N/2+1,) float64 σ²_ref(r) = 1 / mean(κ W), κ = P³; 0 where there is no weight (3.2)."""
+    """(…, N/2+1) float64 σ²_ref(r) = 1 / mean(κ W), κ = P³, of weights (…, 2M+1, 2M+1, M+1); 0 where there is no weight (3.2)."""
     mean = shell_means(weight, pad, box // 2 + 1, strict=True) * pad**3
     return torch.where(mean > 0, 1 / mean.clamp(min=1e-300), 0)
 
@@ -127,45 +140,47 @@ def gold_standard_spectra(fsc: Tensor, sigma2_map: Tensor, tau_fudge: float, joi
     return ssnr * sigma2_map, ssnr
 
 
-def wiener(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: int) -> tuple[Tensor, Tensor]:
-    """(V, coverage): B / W_reg inside the sphere (3.3), direct division; tau2 None: no regularisation.
+def wiener_(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: int) -> Tensor:
+    """Coverage of half volumes whose `data` become B / W_reg inside the sphere (3.3), direct division; tau2 None: no regularisation.
 
-    coverage is the fraction of voxels a shell with κ τ² W ≥ 1. `data` is overwritten with the result, to hold one volume only.
+    data, weight (…, 2M+1, 2M+1, M+1), tau2 (…, N/2+1). coverage (…, N/2+1) is the fraction of voxels a shell with κ τ² W ≥ 1.
     """
-    m, kappa = data.shape[-1] - 1, pad**3
-    shells = box // 2 + 1
-    table = None if tau2 is None else tau2.to(device=data.device, dtype=torch.float64)
-    floor_sum = torch.zeros(shells + 1, dtype=torch.float64, device=data.device)
-    floor_count, hits, count = torch.zeros_like(floor_sum), torch.zeros_like(floor_sum), torch.zeros_like(floor_sum)
+    m, kappa, shells = data.shape[-1] - 1, pad**3, box // 2 + 1
+    stack, weights = data.view(-1, *data.shape[-3:]), weight.view(-1, *weight.shape[-3:])
+    k, at = len(stack), data.device
+    table = None if tau2 is None else tau2.to(device=at, dtype=torch.float64).reshape(k, -1)
+    floor_sum = torch.zeros(k, shells + 1, dtype=torch.float64, device=at)
+    floor_count, hits, count = floor_sum.new_zeros(1, shells + 1), floor_sum.new_zeros(k, shells), floor_sum.new_zeros(1, shells)
+    most = max(1, (1 << 22) // k)
 
     def regularised(part: slice, radius: Tensor) -> Tensor:
-        w = weight[part].double()
+        w = weights[:, part].double()
         if table is None:
             return w
         shell = (radius / pad + 0.5).long().clamp(max=shells - 1)
-        t = table[shell]
+        t = table[:, shell]
         none = torch.where(w > 1e-20, 1 / (0.001 * w.clamp(min=1e-300)), 0)
         prior = torch.where(t > 1e-20, 1 / (kappa * t.clamp(min=1e-300)), none)
         return torch.where(shell >= MIN_SHELL, w + prior, w)
 
-    for part, radius in slabs(m, data.device, most=1 << 22):
+    for part, radius in slabs(m, at, most=most):
         inside = radius <= m - 1
         reg = regularised(part, radius)
         floor_shell = torch.where(inside, (radius / pad).long().clamp(max=shells), shells + 1)
         floor_sum += by_shell(floor_shell, reg, shells + 1)
-        floor_count += by_shell(floor_shell, torch.ones_like(reg), shells + 1)
+        floor_count += by_shell(floor_shell, torch.ones_like(radius)[None], shells + 1)
         if table is not None:
-            shell = torch.where(inside, (radius / pad + 0.5).long().clamp(max=shells), shells + 1)
-            hit = kappa * table[shell.clamp(max=shells - 1)] * weight[part].double() >= 1
-            hits += by_shell(shell, hit, shells + 1)
-            count += by_shell(shell, torch.ones_like(reg), shells + 1)
+            shell = torch.where(inside, (radius / pad + 0.5).long().clamp(max=shells), shells)
+            hit = kappa * table[:, shell.clamp(max=shells - 1)] * weights[:, part].double() >= 1
+            hits += by_shell(shell, hit, shells)
+            count += by_shell(shell, torch.ones_like(radius)[None], shells)
     least = torch.where(floor_count > 0, floor_sum / floor_count.clamp(min=1), 0) / 1000
-    for part, radius in slabs(m, data.device, most=1 << 22):
+    for part, radius in slabs(m, at, most=most):
         reg = regularised(part, radius)
-        reg = torch.maximum(reg, least[(radius / pad).long().clamp(max=shells)])
+        reg = torch.maximum(reg, least[:, (radius / pad).long().clamp(max=shells)])
         good = (radius < m - 1 + 1e-9) & (reg > 0)
-        data[part] = torch.where(good, data[part] / reg.clamp(min=1e-300), 0)
-    return data, (hits / count.clamp(min=1))[:shells].cpu()
+        stack[:, part] = torch.where(good, stack[:, part] / reg.clamp(min=1e-300), 0)
+    return (hits / count.clamp(min=1)).cpu().reshape(*data.shape[:-3], shells)
 
 
 @dataclass(frozen=True)
@@ -184,18 +199,22 @@ def make_finish(box: int, pad: float, device: torch.device | str, dtype: torch.d
 
 
 def reconstruct(
-    data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: int, dtype: torch.dtype = torch.float32,
-    finish: Finish | None = None,
+    data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float, box: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(map (N, N, N), coverage) of a half volume's sums: division, transform, soft sphere, interpolation's sinc² (spec 3.4).
+    """(map (N, N, N), coverage) of a half volume's sums, of which `data` is used up: division, transform, soft sphere (spec 3.4)."""
+    coverage = wiener_(data, weight, tau2, pad, box)
+    return finished_map(data, pad, box, dtype), coverage
+
+
+def finished_map(volume: Tensor, pad: float, box: int, dtype: torch.dtype, finish: Finish | None = None) -> Tensor:
+    """(N, N, N) map of a half volume: transform, soft sphere, interpolation's sinc² (spec 3.4).
 
     Outside the sphere comes the mean of what was there. `finish`: made before, for several maps on one device.
     """
-    volume, coverage = wiener(data, weight, tau2, pad, box)
     density = map_from_half_volume(volume, pad, box).to(dtype)
     finish = finish or make_finish(box, pad, density.device, dtype)
     fill = (density.sum() - density.reshape(-1) @ finish.sphere.reshape(-1)) / finish.outside
-    return torch.lerp(fill, density, finish.sphere) / finish.correction, coverage
+    return torch.lerp(fill, density, finish.sphere) / finish.correction
 
 
 def solvent_sphere(like: Tensor, pixel_size: float, diameter: float, edge: float) -> Tensor:

@@ -87,12 +87,12 @@ class Poses:
     log_likelihood: Tensor  # (n,) float64
 
     @staticmethod
-    def empty(n: int) -> Poses:
+    def empty(n: int, device: str = "cpu") -> Poses:
         """Room for n particles."""
-        f = torch.float64
+        f, i = ({"dtype": dtype, "device": device} for dtype in (torch.float64, torch.int64))
         return Poses(
-            torch.zeros(n, 3, 3, dtype=f), torch.zeros(n, 2, dtype=f), torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=f),
-            torch.zeros(n, dtype=f), torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=f),
+            torch.zeros(n, 3, 3, **f), torch.zeros(n, 2, **f), torch.zeros(n, **i), torch.ones(n, **f), torch.zeros(n, **f),
+            torch.zeros(n, **i), torch.zeros(n, **f),
         )  # fmt: skip
 
     def with_part(self, index: Tensor | None, part: Poses) -> Poses:
@@ -104,7 +104,10 @@ class Poses:
         return out
 
     def put_(self, index: Tensor, part: Poses) -> None:
-        """Write the results of some particles in their places (index on any device)."""
-        index = index.cpu()
-        for name in ("rotation", "shift", "klass", "norm", "pmax", "significant", "log_likelihood"):
-            getattr(self, name)[index] = getattr(part, name).to(device="cpu", dtype=getattr(self, name).dtype)
+        """Write the results of some particles in their places; all on one device, so that nobody waits for it."""
+        for name, value in vars(self).items():
+            value[index] = getattr(part, name).to(value.dtype)
+
+    def to(self, device: str) -> Poses:
+        """The same on a device."""
+        return Poses(**{name: value.to(device) for name, value in vars(self).items()})

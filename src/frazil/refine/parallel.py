@@ -132,11 +132,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def with_less_memory(engine: Engine, work: Callable[[Engine], T]) -> T:
-    """work(engine), begun again with smaller batches when the device runs out of memory."""
+def with_less_memory(engine: Engine, work: Callable[[Engine], T]) -> tuple[T, int]:
+    """(work(engine), the engine's `shrink` it took): begun again with smaller batches when the device runs out of memory."""
     while True:
         try:
-            return work(engine)
+            return work(engine), engine.shrink
         except torch.OutOfMemoryError:
             if engine.shrink >= SMALLEST_SHARE:
                 raise

@@ -25,9 +25,30 @@ class Resident:
     place: Tensor  # (n,) int64 on the device, index into the group's stack
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """(b, y, x) images at `index`, all of one optics group, on the device."""
-        place = self.place[index.to(self.place.device)]
-        return self.stacks[int(self.group[index[0]])][place]
+        """(b, y, x) images at `index` (in main memory), all of one optics group, on the device."""
+        return self.of_group(int(self.group[index[0]]), index.to(self.place.device))
+
+    def of_group(self, group: int, index: Tensor) -> Tensor:
+        """(b, y, x) images of an optics group at `index`, all on the device."""
+        return self.stacks[group][self.place[index]]
+
+
+@dataclass(frozen=True)
+class _Some:
+    """Images of some particles, by their number among them."""
+
+    images: Images
+    members: Tensor
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.images[self.members[index]]
+
+
+def share(images: Images, members: Tensor) -> Images:
+    """The images of the particles `members` (in main memory), by their number among them."""
+    if isinstance(images, Resident):
+        return Resident(images.stacks, images.group[members], images.place[members.to(images.place.device)])
+    return _Some(images, members)
 
 
 def resident(images: Images, particles: Particles, engine: Engine) -> tuple[Images, Engine]:

@@ -59,6 +59,7 @@ class Group:
     plan: Plan
     coarse_phases: Tensor  # (p_0, t)
     fine_phases: Tensor  # (p, t·4^q)
+    fine_shifts: Tensor  # (t·4^q, 2) float64 Å
     inverse: Tensor  # (p,) 1/σ²
     likelihood: Tensor  # (p,) the same, 0 at r = 0 (in the cross-correlation mode 1)
     half: Tensor  # (h,) coarse orientations with psi < 180°: the others are their conjugates
@@ -75,6 +76,8 @@ class Found:
     value: Tensor
 
     def __getitem__(self, keep: Tensor) -> Found:
+        if keep.dtype == torch.bool:  # once for all four: it makes the host wait
+            keep = torch.nonzero(keep)[:, 0]
         return Found(self.image[keep], self.orientation[keep], self.shift[keep], self.value[keep])
 
 
@@ -113,13 +116,15 @@ def make_group(step: Pass, number: int, frame: Frame, plan: Plan) -> Group:
     p = frame.coarse_inside(step.coarse_size)
     inverse = 1.0 / step.model.sigma2[number].to(engine.device)[frame.pixels.shell[: frame.inside]]
     likelihood = torch.ones_like(inverse) if step.engine.cc else inverse.clone()
-    likelihood[0] = 0.0  # r = 0 says nothing (spec 1.1)
+    likelihood[0].fill_(0)  # r = 0 says nothing (spec 1.1); an assignment would make the host wait for a GPU
+    fine_shifts = grid.fine_shifts().to(engine.device)
     group = Group(
         number=number,
         frame=frame,
         plan=plan,
         coarse_phases=shift_phases(frame, grid.coarse_shifts(), p, engine),
-        fine_phases=shift_phases(frame, grid.fine_shifts(), frame.inside, engine),
+        fine_phases=shift_phases(frame, fine_shifts, frame.inside, engine),
+        fine_shifts=fine_shifts,
         inverse=inverse.to(engine.dtype),
         likelihood=likelihood.to(engine.dtype),
         half=grid.first_half().to(engine.device),
@@ -298,6 +303,8 @@ class Slices:
         users: slice (or group of `unit` slices) of each user, non-decreasing; a single group may exceed the number of users.
         """
         groups, most = len(self) // unit, max(1, plan.slices // unit)
+        if groups <= most and len(users) <= plan.users:
+            return [(0, groups * unit, 0, len(users))] if groups else []
         ends = torch.bincount(users, minlength=groups).cumsum(0).cpu().numpy()
         out, a, lo = [], 0, 0
         while a < groups:

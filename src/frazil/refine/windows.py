@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from frazil.data import Images, Optics, Particles
+from frazil.data import Images, Optics, Particles, ResidentImages
 from frazil.maths.ctf import ctf, odd_phase
 from frazil.maths.fourier import PixelList, full_half_plane, image_from_ft, image_ft, pixel_list, shell_round
 from frazil.maths.masks import mask_images, soft_circle
@@ -76,14 +77,19 @@ def group_size(optics: Optics, scale: float, size: int) -> int:
 
 
 def make_frame(optics: Optics, size: int, box: int, pixel_size: float, engine: Engine) -> Frame:
-    """Frame of an optics group for a model window of side `size` in a box of `box` px of `pixel_size` Å."""
+    """Frame of an optics group for a model window of side `size` in a box of `box` px of `pixel_size` Å. Not to be written to: kept."""
+    return _frame(optics, size, box, pixel_size, engine.relion_form, engine.device, engine.dtype)
+
+
+@lru_cache(maxsize=4)
+def _frame(optics: Optics, size: int, box: int, pixel_size: float, relion_form: bool, device: str, dtype: torch.dtype) -> Frame:
     u = optics.box * optics.pixel_size / (box * pixel_size)
     u = 1.0 if abs(u - 1) < 1e-6 else u
     own = group_size(optics, u, size)
-    if engine.relion_form:  # its images are one ring of pixels larger than the references
+    if relion_form:  # its images are one ring of pixels larger than the references
         own = min(optics.box, own + 2)
-    pixels = pixel_list(optics.box, own, engine.device)
-    magnify = torch.tensor(optics.magnification, dtype=torch.float64, device=engine.device).reshape(2, 2)
+    pixels = pixel_list(optics.box, own, device)
+    magnify = torch.tensor(optics.magnification, dtype=torch.float64, device=device).reshape(2, 2)
     coords = pixels.k()[: pixels.inside] @ magnify.T / u
     # A slice position may leave the reference's sphere when boxes differ or the magnification is not 1: end before the first.
     outside = torch.nonzero(coords.norm(dim=-1) > size / 2 + 1e-9)
@@ -93,13 +99,13 @@ def make_frame(optics: Optics, size: int, box: int, pixel_size: float, engine: E
         optics=optics,
         pixels=pixels,
         inside=inside,
-        coords=coords[:inside].to(engine.dtype),
+        coords=coords[:inside].to(dtype),
         k=pixels.k()[:inside] / (optics.box * optics.pixel_size),
         amplitude=1.0 / u**2,
         scale=u,
-        sign=((1 - 2 * ((pixels.kx + pixels.ky) % 2)) / optics.box**2).to(engine.dtype),
-        full_index=index.to(engine.device),
-        full_start=shell_starts(shell, optics.box // 2 + 1).to(engine.device),
+        sign=((1 - 2 * ((pixels.kx + pixels.ky) % 2)) / optics.box**2).to(dtype),
+        full_index=index.to(device),
+        full_start=shell_starts(shell, optics.box // 2 + 1).to(device),
         window_start=shell_starts(pixels.shell, own // 2 + 1),
     )
 
@@ -189,11 +195,13 @@ def particle_ctf(particles: Particles, index: Tensor, k: Tensor, optics: Optics,
     return ctf(k, at[0], at[1], at[2], at[3], optics, mode=engine.ctf_mode).to(engine.dtype)
 
 
-def windows_in_parts(images: Images, particles: Particles, index: Tensor, frame: Frame, model: Model, engine: Engine, group: int,
-                     most: int) -> Windows:
-    """The batch `index` (in main memory) of particles (on any device), at most so many whole images in work at once."""
-    at = particles.group.device
-    parts = [make_windows(images[some], particles, some.to(at), frame, model, engine, group) for some in index.split(most)]
+def windows_in_parts(images: Images, particles: Particles, index: tuple[Tensor, Tensor], frame: Frame, model: Model, engine: Engine,
+                     group: int, most: int) -> Windows:
+    """A batch of particles, at most so many whole images in work at once; index: in main memory, and on the particles' device."""
+    parts = []
+    for some, at in zip(index[0].split(most), index[1].split(most), strict=True):
+        pixels = images.of_group(group, at) if isinstance(images, ResidentImages) else images[some]
+        parts.append(make_windows(pixels, particles, at, frame, model, engine, group))
     if len(parts) == 1:
         return parts[0]
     return Windows(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})

@@ -58,7 +58,7 @@ class Class2dParams(ClassifyParams):
     max_significant: int = setting(
         0, "most coarse samples a particle may take to the fine pass; 0: 1000 with em, 5 a class with vdam; -1: no limit", ge=-1
     )
-    psi_step: float = setting(12.0, "coarse step of the in-plane angle (half of it with one oversampling)", "degrees", "basic", gt=0, le=90)
+    psi_step: float = setting(12.0, "coarse step of the in-plane angle (half with one oversampling)", "degrees", "basic", ge=0.1, le=90)
     center_classes: bool = setting(True, "move every average's centre of mass to the centre of the box", level="basic")
     explore: float = setting(
         0.6, "em: part of the iterations in which the classes are held from taking one another's particles; 0: never, as RELION", ge=0, le=1
@@ -232,11 +232,11 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
     progress = replace(state.progress, iteration=iteration, size=size, accuracy_rotation=best[0], accuracy_shift=best[1])
     progress = replace(progress, coarse_size=classify.coarse_size(job, sampling, model, size))
     before = replace(state, progress=progress, sampling=sampling, accuracy=accuracy)
-    halves, poses, seconds = expect_halves(job, before, members, volumes)
+    halves, poses, seconds, shrink = expect_halves(job, before, members, volumes)
     new = state.poses.with_part(members, poses)
     particles = replace(state.particles, rotation=new.rotation, shift=new.shift, norm=new.norm, klass=new.klass + 1)
     progress = classify.after_step(progress, state, particles, sampling, members)
-    after = replace(before, progress=progress, particles=particles, poses=new)
+    after = replace(before, progress=progress, particles=particles, poses=new, shrink=shrink)
     clock = Clock(job.engine.device)
     with clock("M-step"):
         after = descend(job, after, halves, particles[members], (plan, volumes))
@@ -245,7 +245,7 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
 
 
 def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor, volumes: Tensor):
-    """E-step of the mini-batch's particles of either half apart: (two Statistics of residuals, Poses in order, seconds).
+    """E-step of the mini-batch's particles of either half apart: (two Statistics of residuals, Poses in order, seconds, shrink).
 
     Halves of the whole set, at random: each process takes every so-manieth particle, so even and odd numbers would not do.
     """
@@ -254,11 +254,12 @@ def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor, volum
     poses = classify.Poses.empty(len(members))
     for h in (0, 1):
         mine = torch.nonzero(torch.isin(members, classify.half_of(len(state.particles), h, job.engine.seed)))[:, 0]
-        sums, found, clock = classify.expect(residual, state, None, False, volumes, members[mine])
+        sums, found, clock, shrink = classify.expect(residual, state, None, False, volumes, members[mine])
+        state = replace(state, shrink=shrink)  # found once
         poses.put_(mine, found)
         statistics.append(sums)
         seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
-    return statistics, poses, seconds
+    return statistics, poses, seconds, state.shrink
 
 
 def descend(

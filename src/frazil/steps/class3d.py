@@ -109,6 +109,9 @@ def finish_(job: ClassifyJob, maps: Tensor, pixel_size: float) -> Tensor:
     mask = solvent_sphere(maps[0], pixel_size, p.diameter, p.mask_edge) if job.mask is None else job.mask.to(maps)
     for i in job.world.own(len(maps)):
         density = maps[i]
+        if job.mask2 is None and job.mask_lowpass is None:
+            density *= mask
+            continue
         flat = flatten_solvent(density, pixel_size, p.diameter, p.mask_edge, mask, job.mask2)
         if job.mask_lowpass is not None:
             flat = flat + lowpass_map(density * job.mask_lowpass.to(density), pixel_size, p.mask_lowpass_resolution)

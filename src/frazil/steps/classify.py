@@ -6,6 +6,7 @@ the power of the map before. What depends on the dimension of the references is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frazil.data import Images, Particles
-from frazil.maths.filters import lowpass_map, lowpass_weights
+from frazil.maths.filters import lowpass_map, lowpass_shell, lowpass_weights
 from frazil.maths.fourier import resolution_shell
 from frazil.maths.symmetry import operators
 from frazil.refine import settings
@@ -34,12 +35,14 @@ from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import World, with_less_memory
 from frazil.refine.planner import keep_on_device
+from frazil.refine.residence import share
 from frazil.refine.sampling import Sampling, fixed_grid, make_grid
 from frazil.refine.search import reference_volumes
 from frazil.refine.settings import MatchParams, Settings, setting
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine
 
+log = logging.getLogger("frazil.classify")
 UNKNOWN = 999.0  # an accuracy that was not estimated
 LEAST_SHARE = 0.01  # accuracies are estimated for classes with at least this share of the particles (spec 4.4)
 
@@ -130,6 +133,8 @@ class ClassifyState:
     emptied: tuple[int, ...] = ()  # classes that lost their last particle, or were seeded anew, in this iteration
     unmasked: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    shrink: int = 1  # batches are that much smaller than planned, since the device ran out of memory
+    maps_in_main: bool = False  # the M-step is made in main memory, since the device ran out of memory outside the batches
 
 
 def make_engine(params: ClassifyParams, **more: Any) -> Engine:
@@ -149,7 +154,7 @@ def initial_state(job: ClassifyJob, particles: Particles, references: Tensor, pi
         maps = maps[:1].expand(p.classes, *maps.shape[1:])
     sampling = p.sampling(pixel_size)
     noise = initial_noise(job.images, particles, (n, pixel_size), engine)
-    shell = resolution_shell(n, pixel_size, p.initial_lowpass)
+    shell = lowpass_shell(n, pixel_size, p.initial_lowpass)
     pdf = torch.full((p.classes,), 1 / p.classes, dtype=torch.float64)
     zero = torch.zeros(p.classes, n // 2 + 1, dtype=torch.float64)
     directions = make_grid(sampling).directions if not keeps_orientations(p) else 1
@@ -186,7 +191,22 @@ def classify(job: ClassifyJob, start: ClassifyState) -> Iterator[ClassifyState]:
 
 
 def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
-    """One iteration of spec 4.1."""
+    """One iteration of spec 4.1.
+
+    Batches that do not fit the device's memory are halved; where it runs out elsewhere the iteration begins again with maps and M-step
+    in main memory. Both are kept for the iterations after. Of several processes the others wait for this one: there it is an error.
+    """
+    try:
+        return _iterate(job, state)
+    except torch.OutOfMemoryError:
+        if state.maps_in_main or job.world.size > 1:
+            raise
+        log.warning("out of memory on %s: maps are kept and made in main memory from now on", job.engine.device)
+    torch.cuda.empty_cache()
+    return _iterate(job, replace(state, model=replace(state.model, maps=state.model.maps.cpu()), maps_in_main=True))
+
+
+def _iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     p, model = job.params, state.model
     iteration = state.progress.iteration + 1
     cc = iteration == 1 and p.firstiter_cc
@@ -217,12 +237,14 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
         accuracy=accuracy,
     )  # fmt: skip
     assigned = None if cc or state.assigned is None else at_live_classes(state.assigned, live, model.classes)
-    statistics, found, seconds = expect(job, before, assigned, cc, volumes, members)
+    statistics, found, seconds, shrink = expect(job, before, assigned, cc, volumes, members)
     del volumes  # the M-step wants the memory
+    if state.maps_in_main:
+        statistics = replace(statistics, data=statistics.data.cpu(), weight=statistics.weight.cpu())
     poses = state.poses.with_part(members, replace(found, klass=live[found.klass]))
     particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
     progress = after_step(progress, state, particles, sampling, members)
-    after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None)
+    after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None, shrink=shrink)
     with clock("M-step"):
         batch = particles if members is None else particles[members]
         after = replace(maximize(job, replace(after, particles=batch), statistics, cc, tau2), particles=particles)
@@ -261,22 +283,15 @@ def accuracies(job: ClassifyJob, state: ClassifyState, size: int, cc: bool, refe
     out = torch.full((state.model.classes, 2), UNKNOWN, dtype=torch.float64)
     if cc or state.progress.iteration == 0 or job.params.skip_align:
         return out
-    seed, world = job.engine.seed + state.progress.iteration + 1, job.world
-    generator = torch.Generator().manual_seed(seed)
+    generator, world = torch.Generator().manual_seed(job.engine.seed + state.progress.iteration + 1), job.world
     some = state.particles[torch.randperm(len(state.particles), generator=generator)[: job.form.accuracy_particles]]
     if job.params.strict_highres:
         size = min(size, strict_size(job.params.strict_highres, state.model))
     large = torch.nonzero(state.model.pdf_class >= LEAST_SHARE)[:, 0]
-    place = torch.searchsorted(references[0], large)
-    if job.form.dims == 2:
-        if len(large):
-            out[large] = expected_accuracies(some, state.model, large, job.engine, size, generator, references[1][place])
-        return world.tell(out)
-    found = torch.zeros_like(out)
-    for i in world.own(len(large)):
-        generator = torch.Generator().manual_seed(seed + int(large[i]) * 7919)  # its own, whichever process makes it
-        one = large[i : i + 1]
-        found[one] = expected_accuracies(some, state.model, one, job.engine, size, generator, references[1][place[i] : place[i] + 1])
+    found, own = torch.zeros_like(out), large[world.rank :: world.size]
+    if len(own):  # what is drawn does not depend on the class: the same whichever process looks at it
+        made = references[1], torch.searchsorted(references[0], own)
+        found[own] = expected_accuracies(some, state.model, own, job.engine, size, generator, made)
     out[large] = world.add_up_(found)[large]
     return out
 
@@ -320,27 +335,20 @@ def at_live_classes(assigned: Tensor, live: Tensor, classes: int) -> Tensor:
     return place[assigned]  # -1 takes the last entry, which is -1
 
 
-class _Share:
-    """The images of some particles (one process's, a half), by their number among them."""
-
-    def __init__(self, images: Images, mine: Tensor) -> None:
-        self._images, self._mine = images, mine
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[self._mine[index]]
-
-
 def expect(
     job: ClassifyJob, state: ClassifyState, assigned: Tensor | None, cc: bool, volumes: Tensor | None = None,
     members: Tensor | None = None,
-) -> tuple[Statistics, Poses, dict[str, float]]:  # fmt: skip
+) -> tuple[Statistics, Poses, dict[str, float], int]:  # fmt: skip
     """E-step of all particles, or of the `members` (n,) of them in that order, with the state's model, sampling and sizes, shared out
-    among the processes; volumes: the model's."""
+    among the processes; volumes: the model's. Also how much smaller than planned its batches had to be.
+    """
     p, world, progress = job.params, job.world, state.progress
     n = len(state.particles) if members is None else len(members)
     mine = world.share(n, members)
     index = mine if members is None else members[mine]
-    particles = state.particles[index]
+    particles, images = state.particles, job.images
+    if len(index) < len(particles):
+        particles, images = particles[index], share(images, index)
     if keeps_orientations(p):
         grid = fixed_grid(particles.rotation, None if p.skip_align else state.sampling)
     else:
@@ -348,14 +356,16 @@ def expect(
 
     def work(engine: Engine) -> tuple[Statistics, Poses, dict[str, float]]:
         return expectation(
-            job.images if len(index) == len(state.particles) else _Share(job.images, index), particles, state.model, grid, engine,
+            images, particles, state.model, grid, engine,
             (progress.size, progress.coarse_size), tick=lambda done: job.tick(done * world.size),
             given=Given(None if assigned is None else assigned[index], volumes),
         )  # fmt: skip
 
-    engine = replace(job.engine, cc=cc, subpixel=p.skip_align, strict=p.strict_highres is not None)
-    statistics, poses, seconds = with_less_memory(engine, work)
-    return world.total(statistics), world.gather(poses, n, members), seconds
+    engine = replace(
+        job.engine, cc=cc, subpixel=p.skip_align, strict=p.strict_highres is not None, shrink=max(job.engine.shrink, state.shrink)
+    )
+    (statistics, poses, seconds), shrink = with_less_memory(engine, work)
+    return world.total(statistics), world.gather(poses, n, members), seconds, shrink
 
 
 def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc: bool, tau2: Tensor) -> ClassifyState:
@@ -379,7 +389,7 @@ def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc:
         updated, maps=finished, tau2=tau2, data_vs_prior=ssnr, sigma2_map=made.sigma2_map,
         coverage=made.coverage,
     )  # fmt: skip
-    shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else int(class_shells(ssnr).max())
+    shell = lowpass_shell(box, pixel_size, p.initial_lowpass) if cc else int(class_shells(ssnr).max())
     progress = after_classification(replace(progress, ave_pmax=updated.ave_pmax), shell, box * pixel_size)
     return replace(state, progress=progress, model=updated, unmasked=maps if job.form.keep_unmasked else None)
 

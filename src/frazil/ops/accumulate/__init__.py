@@ -70,7 +70,7 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     masked F = s c X_masked, unmasked U = s c X/σ² (b, p) complex; gain G = s²c², inverse C = s²c²/σ² (b, p) real;
     shell (p,) int64 in [0, n_shells); scale_pixels (p,) bool, or with slice_class (s,) int64 a table (K, p). x and q are summed by
     shell over all rows (cross, power), and by row over all pixels and over scale_pixels (rows).
-    Raises ValueError for shapes, types or indices that do not fit.
+    Raises ValueError for shapes, types or (in main memory) indices that do not fit.
     """
     _check(slices, weights, phases, (masked, unmasked), (gain, inverse))
     check_rows(row_slice, row_image, len(slices), len(masked))
@@ -82,7 +82,7 @@ def accumulate(slices: Tensor, row_slice: Tensor, row_image: Tensor, weights: Te
     if len(weights) != len(row_slice) or shell.shape != (p,) or scale_pixels.shape[1:] != (p,) or scale_pixels.dtype != torch.bool:
         raise ValueError(f"weights must have {len(row_slice)} rows, shell and scale_pixels (bool) {p} pixels, got {len(weights)}, "
                          f"{tuple(shell.shape)}, {tuple(scale_pixels.shape)} {scale_pixels.dtype}")
-    if shell.dtype != torch.int64 or not bool((shell.amin() >= 0) & (shell.amax() < n_shells)):
+    if shell.dtype != torch.int64 or not (shell.is_cuda or bool((shell.amin() >= 0) & (shell.amax() < n_shells))):
         raise ValueError(f"shell must be int64 within [0, {n_shells})")
     chosen = pick(slices, implementation)
     match chosen:

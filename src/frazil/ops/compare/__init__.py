@@ -116,11 +116,11 @@ def _check_arrays(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor)
 
 
 def check_rows(row_slice: Tensor, row_image: Tensor, n_slices: int, n_images: int) -> None:
-    """Raise ValueError unless the (r,) int64 rows are in range and row_slice is ascending (on a GPU: one wait for the device)."""
+    """Raise ValueError unless rows are (r,) int64 and, in main memory (on a GPU looking would stop the queue), in range and ascending."""
     if row_slice.ndim != 1 or row_slice.shape != row_image.shape or {row_slice.dtype, row_image.dtype} != {torch.int64}:
         raise ValueError(f"row_slice and row_image must be (r,) int64, got {tuple(row_slice.shape)} {row_slice.dtype} and "
                          f"{tuple(row_image.shape)} {row_image.dtype}")
-    if not len(row_slice):
+    if not len(row_slice) or row_slice.is_cuda:
         return
     good = (row_slice[1:] >= row_slice[:-1]).all() & (row_slice[0] >= 0) & (row_slice[-1] < n_slices)
     good = good & (row_image.amin() >= 0) & (row_image.amax() < n_images)

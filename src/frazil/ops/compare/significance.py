@@ -26,13 +26,14 @@ def significant(image: Tensor, value: Tensor, n_images: int, fraction: float = 0
     image (m,) int64, in any order; value (m,) or (m, T) real: logarithms, −inf allowed, all T of a row belong to its image.
     The same as keeping exp(value) ≥ θ for the largest θ with Σ_{w ≥ θ} w ≥ fraction·Σ w. fraction ≥ 1 keeps everything finite.
     max_significant ≥ 0: at most that many, the largest (of equals the first). left_out (n_images,): mass beside the entries, in
-    units of the image's largest (Candidates.left_out). Sums are float64. Raises ValueError where shapes or indices do not fit.
+    units of the image's largest (Candidates.left_out). Sums are float64. Raises ValueError where shapes or, in main memory, indices do
+    not fit.
     """
     if image.ndim != 1 or image.dtype != torch.int64 or value.ndim not in (1, 2) or len(value) != len(image):
         raise ValueError(f"image must be (m,) int64 and value (m,) or (m, T), got {tuple(image.shape)} {image.dtype}, {tuple(value.shape)}")
     if not fraction > 0 or (left_out is not None and left_out.shape != (n_images,)):
         raise ValueError(f"fraction must be > 0 and left_out ({n_images},), got {fraction}, {None if left_out is None else left_out.shape}")
-    if len(image) and not bool((image.amin() >= 0) & (image.amax() < n_images)):
+    if len(image) and not image.is_cuda and not bool((image.amin() >= 0) & (image.amax() < n_images)):
         raise ValueError(f"image must lie within [0, {n_images})")
     rest = torch.zeros(n_images, dtype=torch.float64, device=value.device) if left_out is None else left_out.to(value.device, torch.float64)
     table = (value[:, None] if value.ndim == 1 else value).contiguous()
@@ -66,24 +67,25 @@ def _on_device(image: Tensor, value: Tensor, rest: Tensor, fraction: float, limi
     top = flat.new_full((n,), -torch.inf).scatter_reduce_(0, owner, flat, "amax")
     nobody = len(flat)
     first = (flat == top[owner]) & ~flat.isneginf()
-    best = torch.full((n,), nobody, device=flat.device).scatter_reduce_(0, owner[first], first.nonzero()[:, 0], "amin")
+    place = torch.arange(len(flat), device=flat.device).masked_fill(~first, nobody)
+    best = torch.full((n,), nobody, device=flat.device).scatter_reduce_(0, owner, place, "amin")
     near = ((flat >= top[owner] - 40) & ~flat.isneginf()).nonzero()[:, 0]
     near = near[torch.argsort(flat[near], descending=True, stable=True)]
     near = near[torch.argsort(owner[near], stable=True)]
     whose = owner[near]
     weight = (flat[near].double() - top[whose].double()).exp()
     total = rest.clone().index_add_(0, whose, weight)
-    count = torch.bincount(whose, minlength=n)
+    count = torch.zeros(n, dtype=torch.int64, device=flat.device).index_add_(0, whose, torch.ones_like(whose))
     start = count.cumsum(0) - count
     running = torch.cat([weight.new_zeros(1), weight.cumsum(0)])
     before = running[:-1] - running[start[whose].clamp(max=len(near))] if len(near) else weight
     chosen = before < fraction * total[whose] * (1 - 1e-12)  # the running sum over all images is only that exact
     theta = top.double().masked_fill(count == 0, torch.inf)
-    theta = theta.scatter_reduce(0, whose[chosen], flat[near][chosen].double(), "amin")
+    theta = theta.scatter_reduce(0, whose, flat[near].double().masked_fill(~chosen, torch.inf), "amin")
     if fraction >= 1:
         theta = torch.full_like(theta, -torch.inf)
     keep = (flat >= theta[owner]) & ~flat.isneginf()
-    if limit >= 0:
+    if limit >= 0 and int(torch.zeros_like(count).index_add_(0, owner, keep.long()).max() if n else 0) > limit:
         listed = keep.nonzero()[:, 0]
         listed = listed[torch.argsort(flat[listed], descending=True, stable=True)]
         listed = listed[torch.argsort(owner[listed], stable=True)]

@@ -168,23 +168,36 @@ def _list(even, odd, prior, norm, shift, best, floor, start, flat, value, shifts
             at += tl.sum(ok.to(tl.int32), 0)
 
 
-def _floor_by_fraction(hist: Tensor, top: Tensor, depth: float, fraction: float, most: int) -> tuple[Tensor, Tensor]:
-    """(floor, mass below it) an image: the highest bin edge below which there is surely no more than 1 − fraction of the mass.
+@triton.jit
+def _floor(hist, top, floor, left_out, depth, allowed, most, N: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """A program an image: the highest bin edge below which there is surely no more than `allowed` of the mass, and the mass below it.
 
-    Or the highest above which there are `most` hypotheses, if that is higher.
+    Or the highest above which there are `most` hypotheses, if that is higher. +inf for an image without hypotheses.
     """
-    edge = torch.arange(BINS + 1, device=hist.device, dtype=torch.float64) * (depth / BINS)
-    count = hist.double()
-    total = (count * (-edge[1:]).exp()).sum(1, keepdim=True).clamp(min=1)
+    image = tl.program_id(0).to(tl.int64)
+    n = tl.load(hist + image * N + tl.arange(0, N))
+    i, count, width = tl.arange(0, N).to(tl.float64), n.to(tl.float64), depth / N
+    total = tl.maximum(tl.sum(count * tl.exp(-(i + 1) * width), 0), 1.0)
+    mass = count * tl.exp(-i * width)
+    tail = tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass  # of the bins from i on
+    k = tl.maximum(tl.sum((tail > allowed * total).to(tl.int32), 0), 1)
+    k = tl.minimum(k, tl.sum((tl.cumsum(n, 0) < most).to(tl.int32), 0) + 1)
+    tl.store(left_out + image, tl.sum(tl.where(i >= k, count * tl.exp(-(i + 0.5) * width), 0.0), 0))
+    high = tl.load(top + image)
+    low = (high.to(tl.float64) - k * width).to(high.dtype)
+    tl.store(floor + image, tl.where(high == float("-inf"), float("inf"), low))
 
-    def tail(x: Tensor) -> Tensor:  # tail[:, k] = Σ_{i ≥ k} x_i
-        return torch.cat([x.flip(1).cumsum(1).flip(1), x.new_zeros(len(x), 1)], 1)
 
-    fits = tail(count * (-edge[:-1]).exp()) <= (1 - fraction) * total
-    k = fits.double().argmax(1).clamp(min=1)  # the first that fits; the last column always does
-    k = torch.minimum(k, (hist.cumsum(1) < most).sum(1) + 1)
-    below = tail(count * (-(edge[:-1] + edge[1:]) / 2).exp())
-    return (top.double() - edge[k]).to(top), below.gather(1, k[:, None])[:, 0]
+@triton.jit
+def _shift(images, turn, re, im, p, wide, shifts, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """re, im[row] = real and imaginary part of images[row // T] · turn[row % T], zeros from p to `wide`. A program a row and block."""
+    row, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = j < p
+    y, t = images + (row // shifts) * 2 * p + 2 * j, turn + (row % shifts) * 2 * p + 2 * j
+    yr, yi = tl.load(y, mask=ok, other=0.0), tl.load(y + 1, mask=ok, other=0.0)
+    tr, ti = tl.load(t, mask=ok, other=0.0), tl.load(t + 1, mask=ok, other=0.0)
+    tl.store(re + row * wide + j, yr * tr - yi * ti, mask=j < wide)
+    tl.store(im + row * wide + j, yr * ti + yi * tr, mask=j < wide)
 
 
 def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, most: int, cc: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,14 +206,13 @@ def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, most: in
     n, shifts, h = even.shape
     top = tiles.amax((1, 2, 3))
     left_out = torch.zeros(n, dtype=torch.float64, device=top.device)
-    floor = top.clone() if cc else top - depth
-    if fraction < 1 and not cc:
-        hist = torch.zeros(n, BINS, dtype=torch.int32, device=top.device)
-        high = torch.where(top.isneginf(), torch.inf, top)  # nothing comes near that: an image without hypotheses is passed over
-        _histogram[(n * shifts,)](*given, tiles, high, hist, depth, shifts, h, tiles.shape[3], BLOCK=TILE, N=BINS)
-        edge, left_out = _floor_by_fraction(hist, top, depth, fraction, most)
-        floor = torch.maximum(floor, edge)
-    return top, torch.where(top.isneginf(), torch.inf, floor), left_out
+    if cc or fraction >= 1:
+        return top, torch.where(top.isneginf(), torch.inf, top if cc else top - depth), left_out
+    hist, floor = torch.zeros(n, BINS, dtype=torch.int32, device=top.device), torch.empty_like(top)
+    high = torch.where(top.isneginf(), torch.inf, top)  # nothing comes near that: an image without hypotheses is passed over
+    _histogram[(n * shifts,)](*given, tiles, high, hist, depth, shifts, h, tiles.shape[3], BLOCK=TILE, N=BINS)
+    _floor[(n,)](hist, top, floor, left_out, float(depth), 1 - fraction, min(most, (1 << 31) - 1), N=BINS)
+    return top, floor, left_out
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -216,18 +228,20 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
     (h, p), b, shifts, device = slices.shape, len(images), phases.shape[1], power.device
     batch = max(1, min(b, batch or work_bytes() // (2 * shifts * max(h, p) * power.element_size() or 1)))
     s_re, s_im = (_aligned(part) for part in (slices.real, slices.imag))
-    s_power, turn = s_re.square() + s_im.square(), phases.T.contiguous()
+    s_power, turn = s_re.square() + s_im.square(), floats(phases.T)
+    y, wide = floats(images), s_re.shape[1]
     power, log_prior = _aligned(power), log_prior.contiguous()
     best, left_out = power.new_full((b,), -torch.inf), torch.zeros(b, dtype=torch.float64, device=device)
     found = []
     for first in range(0, b if h else 0, batch):
         part = slice(first, min(first + batch, b))
         n = part.stop - first
-        shifted = (images[part, None, :] * turn).view(n * shifts, p)
+        re, im = power.new_empty(2, n * shifts, wide)
+        _shift[(n * shifts, triton.cdiv(wide, PIXELS))](y[part], turn, re, im, p, wide, shifts, BLOCK=PIXELS)
         with matmul_precision(tf32):
-            even, odd = ((_aligned(x) @ s.T).view(n, shifts, h) for x, s in ((shifted.real, s_re), (shifted.imag, s_im)))
+            even, odd = ((x @ s.T).view(n, shifts, h) for x, s in ((re, s_re), (im, s_im)))
             norm = power[part] @ s_power.T
-        del shifted
+        del re, im
         if cc:
             scale = torch.where(norm > 0, norm.rsqrt(), 0)[:, None, :]
             even, odd, norm = even * scale, odd * scale, torch.zeros_like(norm)
