@@ -55,6 +55,8 @@ def run(params: Params, run: Run) -> None:
     world = world_of_environment()
     state, params, table = first_look(params)
     optics = table.particles.optics[int(table.particles.group.min())]
+    if params.reference is not None and "explore" not in params.model_fields_set:
+        params = params.model_copy(update={"explore": 0.0})  # who gives the averages wants these classes, not new ones in their place
     params = resolved(params, optics.pixel_size)
     images = open_checked(table, run.threads)
     references = None if params.reference is None else read_averages(params.reference, params.classes, optics.box, optics.pixel_size)
@@ -87,7 +89,8 @@ def run(params: Params, run: Run) -> None:
 def settings(params: Params) -> tuple[tuple[str, Any], ...]:
     """Entries of optimiser.star that only a 2D classification has."""
     vdam = params.method == "vdam"
-    found = {"rlnDoCenterClasses": int(params.center_classes), "rlnDoGradientRefine": int(vdam)}
+    found: dict[str, Any] = {"rlnDoCenterClasses": int(params.center_classes), "rlnDoGradientRefine": int(vdam)}
+    found["frazilExplore"] = params.explore
     return tuple((found | ({"rlnSgdClassInactivityThreshold": params.inactivity_threshold} if vdam else {})).items())
 
 
@@ -99,6 +102,7 @@ def first_look(params: Params) -> tuple[ClassifyState | None, Params, ParticleSe
         found = {
             "center_classes": bool(int(general.get("rlnDoCenterClasses", params.center_classes))),
             "method": "vdam" if int(general.get("rlnDoGradientRefine", 0)) else "em",
+            "explore": float(general.get("frazilExplore", 0)),  # RELION's runs do not
             "inactivity_threshold": float(general.get("rlnSgdClassInactivityThreshold", params.inactivity_threshold)),
         }
         params = params.model_copy(update={name: value for name, value in found.items() if name not in params.model_fields_set})

@@ -77,6 +77,14 @@ class ClassifyParams(MatchParams, Start):
         """The search grid the run starts with."""
         raise NotImplementedError
 
+    def exploring(self, iteration: int) -> bool:
+        """Whether classes are held from taking one another's particles in this iteration (docs/steps/class2d.md)."""
+        return False
+
+    def reseed_threshold(self, iteration: int) -> float:
+        """The part of particles / classes below which a class starts anew after this iteration; 0: none does."""
+        return self.reseed_below
+
     def next_sampling(self, progress: Progress, last: Sampling, box: int, pixel_size: float) -> Sampling:
         """The search grid of iteration `progress.iteration` (without the perturbation) after `last`; by default always the first."""
         return self.sampling(pixel_size)
@@ -218,27 +226,53 @@ def _iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     sampling = replace(p.next_sampling(progress, state.sampling, model.box, model.pixel_size), instance=state.sampling.instance)
     if not p.skip_align:
         sampling = sampling.perturbed(generator)
+    explore = p.exploring(iteration)
+    members = half_of(len(state.particles), iteration, job.engine.seed) if explore else None
     model = with_directions(model, sampling, p)
     progress = replace(progress, size=size, coarse_size=coarse_size(job, sampling, model, size))
     numbered = replace(state.particles, klass=at_live_classes(state.particles.klass - 1, live, model.classes) + 1)
-    before = replace(state, progress=progress, sampling=sampling, model=classes_of(model, live), particles=numbered, accuracy=accuracy)
+    alive = classes_of(model, live)
+    before = replace(
+        state, progress=progress, sampling=sampling, model=equally_likely(alive) if explore else alive, particles=numbered,
+        accuracy=accuracy,
+    )  # fmt: skip
     assigned = None if cc or state.assigned is None else at_live_classes(state.assigned, live, model.classes)
-    statistics, poses, seconds, shrink = expect(job, before, assigned, cc, volumes)
+    statistics, found, seconds, shrink = expect(job, before, assigned, cc, volumes, members)
     del volumes  # the M-step wants the memory
     if state.maps_in_main:
         statistics = replace(statistics, data=statistics.data.cpu(), weight=statistics.weight.cpu())
-    poses = replace(poses, klass=live[poses.klass])
-    moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(sampling.group))
-    progress = after_changes(progress, *moved, sampling, float((poses.klass != state.poses.klass).double().mean()))
+    poses = state.poses.with_part(members, replace(found, klass=live[found.klass]))
     particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
+    progress = after_step(progress, state, particles, sampling, members)
     after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None, shrink=shrink)
     with clock("M-step"):
-        after = maximize(job, after, statistics, cc, tau2)
+        batch = particles if members is None else particles[members]
+        after = replace(maximize(job, replace(after, particles=batch), statistics, cc, tau2), particles=particles)
         full = copied(after.model, model.classes) if seeds else spread(after.model, live, model.classes)
         full = job.world.agree(full, but=("maps",) if job.form.each_its_own else ())
         after = replace(after, model=full, unmasked=all_unmasked(after.unmasked, live, full, seeds))
         after = reseeded(job, after, model.pdf_class, generator)
     return replace(after, seconds=clock.seconds | seconds)
+
+
+def half_of(n: int, iteration: int, seed: int) -> Tensor:
+    """Numbers of one half of n particles in odd iterations and of the other in even ones, the same halves throughout."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return (order[: n // 2] if iteration % 2 else order[n // 2 :]).sort().values
+
+
+def equally_likely(model: Model) -> Model:
+    """The model with classes, and directions, of equal prior probability."""
+    flat = torch.full_like(model.pdf_direction, 1 / model.pdf_direction.numel())
+    return replace(model, pdf_class=flat.sum(1), pdf_direction=flat)
+
+
+def after_step(progress: Progress, before: ClassifyState, after: Particles, sampling: Sampling, members: Tensor | None) -> Progress:
+    """The progress with what changed of the poses and classes of those particles that took part (members; None: all)."""
+    one, two = (q if members is None else q[members] for q in (before.particles, after))
+    klass = before.poses.klass if members is None else before.poses.klass[members]
+    moved = changes(one.rotation, two.rotation, one.shift, two.shift, operators(sampling.group))
+    return after_changes(progress, *moved, sampling, float((two.klass - 1 != klass).double().mean()))
 
 
 def accuracies(job: ClassifyJob, state: ClassifyState, size: int, cc: bool, references: tuple[Tensor, Tensor]) -> Tensor:
@@ -302,16 +336,19 @@ def at_live_classes(assigned: Tensor, live: Tensor, classes: int) -> Tensor:
 
 
 def expect(
-    job: ClassifyJob, state: ClassifyState, assigned: Tensor | None, cc: bool, volumes: Tensor | None = None
-) -> tuple[Statistics, Poses, dict[str, float], int]:
-    """E-step of all particles with the state's model, sampling and sizes, shared out among the processes; volumes: the model's.
-
-    Also how much smaller than planned its batches had to be.
+    job: ClassifyJob, state: ClassifyState, assigned: Tensor | None, cc: bool, volumes: Tensor | None = None,
+    members: Tensor | None = None,
+) -> tuple[Statistics, Poses, dict[str, float], int]:  # fmt: skip
+    """E-step of all particles, or of the `members` (n,) of them in that order, with the state's model, sampling and sizes, shared out
+    among the processes; volumes: the model's. Also how much smaller than planned its batches had to be.
     """
-    p, world, progress, n = job.params, job.world, state.progress, len(state.particles)
-    mine, particles, images = world.share(n), state.particles, job.images
-    if world.size > 1:
-        particles, images = particles[mine], share(images, mine)
+    p, world, progress = job.params, job.world, state.progress
+    n = len(state.particles) if members is None else len(members)
+    mine = world.share(n, members)
+    index = mine if members is None else members[mine]
+    particles, images = state.particles, job.images
+    if len(index) < len(particles):
+        particles, images = particles[index], share(images, index)
     if keeps_orientations(p):
         grid = fixed_grid(particles.rotation, None if p.skip_align else state.sampling)
     else:
@@ -321,14 +358,14 @@ def expect(
         return expectation(
             images, particles, state.model, grid, engine,
             (progress.size, progress.coarse_size), tick=lambda done: job.tick(done * world.size),
-            given=Given(None if assigned is None else assigned[mine], volumes),
+            given=Given(None if assigned is None else assigned[index], volumes),
         )  # fmt: skip
 
     engine = replace(
         job.engine, cc=cc, subpixel=p.skip_align, strict=p.strict_highres is not None, shrink=max(job.engine.shrink, state.shrink)
     )
     (statistics, poses, seconds), shrink = with_less_memory(engine, work)
-    return world.total(statistics), world.gather(poses, n), seconds, shrink
+    return world.total(statistics), world.gather(poses, n, members), seconds, shrink
 
 
 def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc: bool, tau2: Tensor) -> ClassifyState:
@@ -363,11 +400,11 @@ def reseeded(job: ClassifyJob, state: ClassifyState, share_before: Tensor, gener
     The largest class's map is copied and its particles are split between the two at random for one iteration: two equal maps would
     stay equal for ever.
     """
-    p, model = job.params, state.model
+    p, model, threshold = job.params, state.model, job.params.reseed_threshold(state.progress.iteration)
     share = model.pdf_class.clone()
-    if p.reseed_below == 0 or state.progress.iteration == p.iterations or model.classes == 1:
+    if threshold == 0 or state.progress.iteration == p.iterations or model.classes == 1:
         return replace(state, emptied=tuple(torch.nonzero((share == 0) & (share_before > 0))[:, 0].tolist()))
-    poor = torch.nonzero(share < p.reseed_below / model.classes)[:, 0].tolist()
+    poor = torch.nonzero(share < threshold / model.classes)[:, 0].tolist()
     source = torch.arange(model.classes)
     klass, assigned = state.poses.klass.clone(), torch.full((len(state.particles),), -1, dtype=torch.int64)
     for k in poor:
@@ -384,5 +421,6 @@ def reseeded(job: ClassifyJob, state: ClassifyState, share_before: Tensor, gener
     flat = model.pdf_direction / model.pdf_direction.sum(1, keepdim=True).clamp(min=1e-300)
     share = share / share.sum()
     return replace(
-        state, model=replace(model, pdf_class=share, pdf_direction=share[:, None] * flat), assigned=assigned, emptied=tuple(poor)
+        state, model=replace(model, pdf_class=share, pdf_direction=share[:, None] * flat), assigned=assigned,
+        emptied=() if p.exploring(state.progress.iteration) else tuple(poor),
     )
