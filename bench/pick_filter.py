@@ -6,7 +6,8 @@ Simulated micrographs of 720² at 3 Å with ice, junk and a carbon edge, 200 par
     views      twelve even views of the map, particles in all orientations: a 3D reference
     averages   twelve class averages of 100 such particles each: their noise, CTF, views within about 8°, turned by 4°, shifted by 4 Å
 
-A line a case: recall at false discovery rates of 0.2 and 0.34 (0: never reached), recall where as many are picked as there are. `expected`
+A line a case: recall at false discovery rates of 0.2 and 0.34 (0: never reached), recall where as many are picked as there are; threshold,
+recall and rate of what `frazil pick` would do by itself. `expected`
 is what the filter leaves of the matched filter's signal over noise (white and coloured), sqrt(Σ P c² e b / Σ P c² N) by shells, with exact
 templates. Four minutes on two cores. Lines go to bench/results/pick_filter.jsonl with --write.
 """
@@ -16,7 +17,9 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from frazil.data import Optics  # noqa: E402
 from frazil.maths.fourier import image_from_ft  # noqa: E402
-from frazil.maths.peaks import highest_apart, match_points  # noqa: E402
+from frazil.maths.peaks import highest_apart, match_points, split_level  # noqa: E402
 from frazil.maths.rotation import euler_to_matrix  # noqa: E402
 from frazil.maths.sphere import directions  # noqa: E402
 from frazil.ops.dispatch import set_threads  # noqa: E402
@@ -46,6 +49,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["exact", "views", "averages"])
     parser.add_argument("--snr", type=float, nargs="+", default=[0.1, 0.06, 0.03])
     parser.add_argument("--lowpass", type=float, nargs="+", default=[0.0, 20.0])
+    parser.add_argument("--scores", nargs="+", default=["z", "fom"])
+    parser.add_argument("--clean", action="store_true", help="no junk, ice, carbon")
+    parser.add_argument("--coloured", type=float, default=0.2, help="share of the noise's variance below 20 Å")
     parser.add_argument("--sets", type=int, default=4, help="micrographs of 50 particles")
     parser.add_argument("--step", type=float, default=10.0, help="in-plane angle, degrees")
     parser.add_argument("--device", default="cpu")
@@ -56,11 +62,15 @@ def main() -> None:
     source = phantom(BOX, PIXEL, "C1", 2)
     for kind in args.kinds:
         for snr in args.snr:
-            settings = sim.MicrographSettings((SIDE, SIDE), source.diameter(), 50, snr, 8 if kind == "exact" else 0, seed=3)
+            settings = sim.MicrographSettings((SIDE, SIDE), source.diameter(), 50, snr, 8 if kind == "exact" else 0, seed=3,
+                                              coloured=args.coloured)  # fmt: skip
+            settings = replace(settings, junk=0, ice=0, carbon=False) if args.clean else settings
             made = [sim.simulate_micrograph(source, OPTICS, settings, i) for i in range(args.sets)]
             pictures = templates(kind, source, settings)
-            for lowpass in args.lowpass:
-                row = {"templates": kind, "snr": snr, "lowpass": lowpass, **curve(made, pictures, settings, lowpass, args)}
+            for score, lowpass in product(args.scores, args.lowpass):
+                row = {"templates": kind, "snr": snr, "score": score, "lowpass": lowpass, "particles": sum(len(m.xy) for m in made),
+                       "clean": args.clean, "coloured": args.coloured,
+                       **curve(made, pictures, settings, score, lowpass, args)}  # fmt: skip
                 if kind == "exact":
                     row["expected"] = round(left_of_the_signal(pictures, settings, lowpass), 3)
                 asked = ["git", "rev-parse", "--short", "HEAD"]
@@ -123,11 +133,12 @@ def class_average(images: Tensor, scale: float, settings: sim.MicrographSettings
 
 
 def curve(
-    made: list[sim.SimulatedMicrograph], pictures: Tensor, settings: sim.MicrographSettings, lowpass: float, args: argparse.Namespace
-) -> dict[str, float]:
+    made: list[sim.SimulatedMicrograph], pictures: Tensor, settings: sim.MicrographSettings, score: str, lowpass: float,
+    args: argparse.Namespace,
+) -> dict[str, float]:  # fmt: skip
     """Recall at given false discovery rates, and with as many picks as particles."""
     device = torch.device(args.device)
-    plan = PickSettings(settings.diameter, lowpass, args.step)
+    plan = PickSettings(settings.diameter, lowpass, args.step, score)
     bank = make_bank(pictures.to(device), PIXEL, settings.shape, PIXEL, plan)
     apart = 0.65 * settings.diameter
     gains, values = [], []
@@ -141,7 +152,11 @@ def curve(
     false, n = 1 - right / np.arange(1, len(right) + 1), sum(len(m.xy) for m in made)
     reached = {rate: np.flatnonzero(false <= rate) for rate in RATES}
     recalls = {f"recall_at_{rate}": round(float(right[at[-1]]) / n, 3) if len(at) else 0.0 for rate, at in reached.items()}
-    return {**recalls, "recall_of_as_many": round(float(right[min(n, len(right)) - 1]) / n, 3)}
+    every = np.concatenate(values)
+    level = max(split_level(every[every > 0]), 3.0) if score == "z" else 0.05  # what `frazil pick` takes
+    number = int((every >= level).sum())
+    own = {"threshold": round(level, 2), "recall": round(float(right[number - 1]) / n, 3), "fdr": round(float(false[number - 1]), 3)}
+    return {**recalls, "recall_of_as_many": round(float(right[min(n, len(right)) - 1]) / n, 3), **own}
 
 
 def left_of_the_signal(pictures: Tensor, settings: sim.MicrographSettings, lowpass: float) -> float:
