@@ -37,8 +37,7 @@ def blank_border(micrograph: Tensor) -> tuple[float, float, float, float]:
     for change in ((x[1:] - x[:-1]).abs().mean(1), (x[:, 1:] - x[:, :-1]).abs().mean(0)):
         copies = change < REPEATED * change.median()
         number = torch.arange(1, len(change) // 4 + 1, device=x.device)
-        for part in (copies, copies.flip(0)):
-            part = part[: len(number)]
-            widths.append(torch.where(part.sum() >= 3, (part * number).amax() + 2, torch.zeros_like(part.sum())))
-    top, bottom, left, right = torch.stack(widths).double().tolist()
+        ends = torch.stack([copies, copies.flip(0)])[:, : len(number)]
+        widths.append(torch.where(ends.sum(1) >= 3, (ends * number).amax(1) + 2, 0))
+    top, bottom, left, right = torch.cat(widths).double().tolist()
     return top, bottom, left, right

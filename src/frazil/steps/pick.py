@@ -6,11 +6,12 @@ A: template, ⟨·⟩ = sum over the mask's pixels / their number, C = ⟨x A⟩
     D = ⟨A²⟩ − 2 (C − mu ⟨A⟩)/sigma,    R = exp(−D/2),    FOM = (R − 1)/(exp(⟨A²⟩/2) − 1)
 
 so FOM is 1 for the template itself, 0 where background is as likely. mu and sigma are of the unfiltered micrograph: FOM does not depend
-on the low-pass. Its noise does: it has the standard deviation 2/sqrt(n⟨A²⟩), another one for every template and defocus. `z` is the same
-sum in units of that, (C − mu ⟨A⟩)/sigma · sqrt(n/⟨A²⟩), largest over templates and angles, less its median over the micrograph, over its
-spread there. `ncc`: correlation of template and micrograph under the mask over sqrt(S + median of S), S: the micrograph's sum of squares
-there. That is the correlation coefficient, in [−1, 1], brought down where contrast is low. At the edge of a micrograph sums go over what is
-visible. Best angle and template are found by ops.correlate on tiles (overlap-save), so memory is bounded.
+on the low-pass. Its noise does: in white noise it has the standard deviation 2/sqrt(n⟨A²⟩), n the micrograph's pixels under the mask,
+another one for every template and defocus. `z` is the sum in units of its noise, (C − mu ⟨A⟩)/sigma · sqrt(n/⟨A²⟩), the largest over
+templates and angles, less its median over the micrograph, over its spread there. `ncc`: correlation of template and micrograph under the
+mask over sqrt(S + median of S), S: the micrograph's sum of squares there. That is the correlation coefficient, in [−1, 1], brought down
+where contrast is low. At the edge of a micrograph sums go over what is visible. Best angle and template are found by ops.correlate on tiles
+(overlap-save), so memory is bounded.
 """
 from __future__ import annotations
 
@@ -258,7 +259,8 @@ def _strength(sums: Tensor, template: int, square: Tensor, prepared: Prepared, b
     if bank.is_ncc:
         return sums
     gain = _gain(sums, template, prepared, bank)
-    return gain * (bank.n_mask / square).sqrt() if bank.settings.score == "z" else gain - 0.5 * square
+    pixels = bank.n_mask / (bank.grid.scale[0] * bank.grid.scale[1])  # of the micrograph: its noise is 1 in those
+    return gain * (pixels / square).sqrt() if bank.settings.score == "z" else gain - 0.5 * square
 
 
 def _above_usual(strength: Tensor) -> Tensor:
