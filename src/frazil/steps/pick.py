@@ -372,8 +372,9 @@ def _multiply_ctf_(ft: Tensor, grid: WorkGrid, value: Callable[[Tensor], Tensor]
 
 def _ctf(k: Tensor, optics: Optics, defocus: Tensor, phase_shift: float, mode: str) -> Tensor:
     """(p,) float32 CTF at k (p, 2)."""
-    one = torch.ones(1, dtype=torch.float64, device=k.device)
-    return ctf(k, defocus.to(k)[None], phase_shift * one, 0 * one, one, optics, mode=mode, dtype=torch.float32)[0]
+    one = torch.ones(1, dtype=torch.float64)  # not on the device: ctf looks at B-factor and scale, which would wait for all work there
+    phase = torch.full((1,), phase_shift, dtype=torch.float64, device=k.device)
+    return ctf(k, defocus.to(k)[None], phase, 0 * one, one, optics, mode=mode, dtype=torch.float32)[0]
 
 
 def _ctf_of_shells(bank: Bank, optics: Optics, defocus: Tensor, phase_shift: float, mode: str) -> tuple[Tensor, Tensor]:
