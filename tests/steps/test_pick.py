@@ -222,7 +222,8 @@ def test_uncached_templates_give_the_same(rng):
 
 
 @pytest.mark.slow
-def test_a_lowpass_costs_no_recall_where_templates_are_coarse_views():
+@pytest.mark.parametrize("score", ["z", "fom"])
+def test_a_lowpass_costs_no_recall_where_templates_are_coarse_views(score):
     """Table 1's shape: particles in all orientations, 12 views, SNR 0.1, ice, junk, carbon; recall at equal FDR from no filter to 20 Å."""
     from frazil.maths.rotation import euler_to_matrix
     from frazil.maths.sphere import directions
@@ -235,7 +236,7 @@ def test_a_lowpass_costs_no_recall_where_templates_are_coarse_views():
     pictures = grey_scale(source, optics, settings) * image_from_ft(slices(source, euler_to_matrix(angles), optics), box)
     recalls = {}
     for lowpass in (0.0, 20.0):
-        bank = make_bank(pictures, pixel, (720, 720), pixel, PickSettings(settings.diameter, lowpass, 10.0))
+        bank = make_bank(pictures, pixel, (720, 720), pixel, PickSettings(settings.diameter, lowpass, 10.0, score))
         pairs, values = [], []
         for m in made:
             found = candidates(match(prepare(m.image, bank, optics, m.defocus), bank), 0.0, 20.0, 1.1)
