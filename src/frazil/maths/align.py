@@ -53,8 +53,7 @@ def reduced_transform(
         block = torch.empty(ROWS, frame.shape[1])
         for top in range(0, len(frame), ROWS):
             rows = block[: len(frame) - top].copy_(frame[top : top + ROWS])
-            rows = rows if gain is None else rows.mul_(gain[top : top + ROWS])
-            columns[:, top : top + ROWS] = torch.fft.rfft(rows)[:, : w // 2 + 1].T
+            columns[:, top : top + ROWS] = torch.fft.rfft(rows if gain is None else rows.mul_(gain[top : top + ROWS]))[:, : w // 2 + 1].T
         ft = torch.fft.fft(columns).T
     else:
         ft = torch.fft.fft(torch.fft.rfft(frame.float() if gain is None else frame * gain)[:, : w // 2 + 1], dim=0)
