@@ -26,7 +26,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as frazil does, before torch is loaded
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 

@@ -36,7 +36,7 @@ SPECTRUM, UNWEIGHTED = "rlnCtfPowerSpectrum", "rlnMicrographNameNoDW"
 LABELS = ("rlnCtfImage", "rlnDefocusU", "rlnDefocusV", "rlnCtfAstigmatism", "rlnDefocusAngle", "rlnPhaseShift", "rlnCtfFigureOfMerit",
           "rlnCtfMaxResolution", "rlnCtfIceRingDensity")  # fmt: skip
 MOST_WORKERS = 16  # micrographs at a time: each takes three times its pixels in memory
-MANY = 12  # micrographs from which processes are worth their start
+MANY = 12  # micrographs from which processes are worth their start; three times as many for two, which are less in the way as threads
 STALE = (*LABELS, "rlnCtfValidationScore", "rlnCtfBfactor", "rlnCtfScalefactor")  # columns of an earlier estimate
 
 
@@ -102,7 +102,7 @@ def run(params: Params, run: Run) -> None:
     before = torch.get_num_threads()
     set_threads(1)
     try:
-        if workers > 1 and len(todo) >= MANY:
+        if workers > 1 and len(todo) >= MANY * (1 + 2 / (workers - 1)):
             _in_processes(job, todo, workers, spent)
         else:
             _in_threads(job, todo, workers, spent)
