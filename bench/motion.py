@@ -239,7 +239,7 @@ def _spread(difference: torch.Tensor) -> float:
 
 
 STAGES = {"decode, upload, add up": "_add_up", "bad pixels": "find_bad_pixels", "transforms": "_reduce", "whole frames": "correlate_track",
-          "patches": "make_patches", "fit": "fit_motion", "power spectrum": "power_spectrum", "sum": "_sum", "back": "_binned"}  # fmt: skip
+          "patches": "make_patches", "fit": "fit_motion", "power spectrum": "movie_spectrum", "sum": "_sum", "back": "_binned"}  # fmt: skip
 
 
 @contextmanager
