@@ -18,6 +18,7 @@ from frazil.io.star import read_star, write_star
 from frazil.jobs.class_report import class_report
 from frazil.jobs.class_sheet import last_stack, plot_averages
 from frazil.jobs.classify_files import read_classification
+from frazil.jobs.record import read_json
 from frazil.maths.masks import soft_circle
 from frazil.simulate.averages import agreement, particles_of, pictures
 
@@ -173,6 +174,19 @@ class TestGoingOn:
         assert "has 3 classes, --classes is 5" in refused(capsys, [*start, "--classes", "5"])
         start[-2] = str(tmp_path / "third")
         assert "`frazil class2d` continues it" in refused(capsys, ["class3d", *start[1:]])
+
+    def test_continue_without_options_repeats_what_the_run_did_next(self, data, tmp_path, monkeypatch):
+        """Also with settings that RELION has no label for, and the seed."""
+        monkeypatch.chdir(data)
+        own = ("--mask-edge", 3.5, "--reseed-below", 0.3, "--initial-lowpass", 30, "--firstiter-cc", "--seed", 8)
+        assert main(command(data, tmp_path / "run", *own)) == 0
+        for n in (0, 2):
+            words = ["class2d", "--continue", tmp_path / "run" / f"run_it{n:03d}_optimiser.star", "--output", tmp_path / f"more{n}"]
+            assert main([str(w) for w in [*words, "--device", "cpu", "--threads", 1, "--quiet"]]) == 0
+            a, b = (read_stack(run / f"run_it{LAST:03d}_classes.mrcs") for run in (tmp_path / f"more{n}", tmp_path / "run"))
+            assert float((a - b).norm() / b.norm()) < 2e-3  # to the digits of the STAR files
+            used = read_json(tmp_path / f"more{n}" / "job.json")
+            assert used["parameters"]["mask_edge"] == 3.5 and used["parameters"]["iterations"] == LAST and used["seed"] == 8
 
     @pytest.mark.parametrize("n", [0, 2])
     def test_a_gradient_run_continues_with_its_momenta(self, data, gradients, tmp_path, monkeypatch, n):

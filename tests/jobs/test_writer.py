@@ -27,14 +27,28 @@ def test_only_the_newest_of_a_name_is_done():
     assert done[-1] == 49 and len(done) <= 2
 
 
-def test_the_newest_waits_its_time_but_not_longer_than_the_writer_lives():
+def test_the_newest_rests_as_many_times_as_long_as_it_took_but_not_longer_than_the_writer_lives():
+    done = []
+
+    def keep(i: int) -> None:
+        time.sleep(0.1)
+        done.append(i)
+
+    with Writer() as writer:
+        for i in range(6):
+            writer.newest("checkpoint", lambda i=i: keep(i), rest=1e5)
+            time.sleep(0.05)
+        assert done == [0]  # the first at once; those after it, also the ones given while it was at work, not within the hours
+    assert done == [0, 5]
+
+
+def test_what_takes_no_time_is_done_every_time():
     done = []
     with Writer() as writer:
         for i in range(5):
-            writer.newest("checkpoint", lambda i=i: done.append(i), every=3600)
-            time.sleep(0.05)
-        assert done == [0]  # the first at once, those after it within the hour not
-    assert done == [0, 4]
+            writer.newest("checkpoint", lambda i=i: done.append(i), rest=10)
+            time.sleep(0.1)
+        assert done == [0, 1, 2, 3, 4]
 
 
 def test_the_caller_waits_when_too_much_waits():

@@ -289,11 +289,13 @@ def read_references(path: Path, folder: Path, names: list[str]) -> list[Tensor]:
 
 
 def beside(path: Path, folder: Path, name: str, label: str = "") -> Path:
-    """The file a STAR file names, below `folder`, beside the STAR file, or as it is; raises BadInput where it is nowhere.
+    """The file a STAR file names, below `folder`, beside the STAR file or below a folder that holds it; BadInput where it is nowhere.
 
-    label: under which it is named, for the message.
+    Names are relative to the folder a program was started in, mostly one of those above its output. label: under which the file is
+    named, for the message.
     """
-    for candidate in (folder / name, path.parent / name, path.parent / Path(name).name, Path(name)):
+    above = (parent / name for parent in path.absolute().parents[1:])
+    for candidate in (folder / name, path.parent / name, path.parent / Path(name).name, *above):
         if candidate.is_file():
             return candidate
     raise BadInput(f"{path}: the file {name} it names{f' (_{label})' if label else ''} is neither in {folder} nor beside it")
