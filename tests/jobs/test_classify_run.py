@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,12 +230,18 @@ class TestMasks:
 
 
 class TestDevice:
-    def lost(self, monkeypatch: pytest.MonkeyPatch, error: Exception, after: int) -> None:
-        """Let the device go after so many iterations: whatever is done with it, and copied off it, fails from then on."""
+    def lost(self, monkeypatch: pytest.MonkeyPatch, error: Exception, after: int, ready: Callable[[], bool] = lambda: True) -> None:
+        """Let the device go after so many iterations: whatever is done with it, and copied off it, fails from then on.
+
+        ready: what the files have to say before.
+        """
         true, copy, count, gone = step.iterate, runs.host_copy, [], []
 
         def iterate(job, state):
             if len(count) == after:
+                end = time.monotonic() + 20
+                while not ready() and time.monotonic() < end:
+                    time.sleep(0.01)
                 gone.append(1)
                 raise error
             count.append(1)
@@ -252,14 +260,19 @@ class TestDevice:
         monkeypatch.setattr(step, "iterate", iterate)
         monkeypatch.setattr(runs, "host_copy", host_copy)
 
-    def test_what_is_kept_is_said_and_a_resumed_run_goes_on_from_there(self, data, tmp_path, monkeypatch, capsys):
-        """The pending checkpoint cannot be written then; an iteration of this size is kept as soon as it is there."""
-        words = command(data, tmp_path / "run", *COARSE, "--iterations", 6)
+    @pytest.mark.parametrize("rest", [runs.REST, 1e9])
+    def test_what_is_kept_is_said_and_a_resumed_run_goes_on_from_there(self, data, tmp_path, monkeypatch, capsys, rest):
+        """An iteration of this size is kept soon after it was made. Were it not, the last were lost: nothing can be copied then."""
+        words, path = command(data, tmp_path / "run", *COARSE, "--iterations", 6), tmp_path / "run" / "checkpoint.pt"
+        number = lambda: torch.load(path, weights_only=True)["progress"]["iteration"] if path.exists() else 0  # noqa: E731
         with monkeypatch.context() as patch:
-            self.lost(patch, torch.AcceleratorError("CUDA error: unspecified launch failure\nmore of it"), 4)
+            patch.setattr(runs, "REST", rest)
+            ready = (lambda: number() == 4) if rest < 100 else path.exists
+            self.lost(patch, torch.AcceleratorError("CUDA error: unspecified launch failure\nmore of it"), 4, ready)
             line = refused(capsys, words, 1)
-        kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["progress"]["iteration"]
-        assert kept >= 2 and f"iteration {kept} was kept: --resume with --output {tmp_path / 'run'} goes on from there" in line
+        kept = number()
+        assert kept == 4 if rest < 100 else 1 <= kept < 4
+        assert f"iteration {kept} was kept: --resume with --output {tmp_path / 'run'} goes on from there" in line
         assert main([*words, "--resume"]) == 0
         assert [event["iteration"] for event in iterations(tmp_path / "run")] == [*range(1, 5), *range(kept + 1, 7)]
 
