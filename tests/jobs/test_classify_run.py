@@ -88,10 +88,14 @@ class TestSettings:
         assert found == {**changed, **({"mask_lowpass": tmp_path / "mask.mrc"} if "mask_lowpass" in changed else {})}
         assert "equal_filter" not in read_own_settings(class3d.Params(equal_filter=0.5), general, tmp_path)
 
-    def test_values_that_cannot_be_are_named(self, tmp_path):
-        written = {"frazilEqualFilter": "7"}
-        with pytest.raises(BadInput, match=r"o.star: _frazilEqualFilter is '7', but should be less than or equal to 1"):
-            read_own_settings(class3d.Params(), Entries(tmp_path / "o.star", "x", "x", written), tmp_path)
+    @pytest.mark.parametrize(
+        ("label", "text", "reason"),
+        [("frazilEqualFilter", "7", "less than or equal to 1"), ("frazilSigmaAng", "nan", "a finite number"),
+         ("frazilAutoSampling", "perhaps", "a valid boolean")],
+    )  # fmt: skip
+    def test_values_that_cannot_be_are_named(self, tmp_path, label, text, reason):
+        with pytest.raises(BadInput, match=f"o.star: _{label} is '{text}', but should be {reason}"):
+            read_own_settings(class3d.Params(), Entries(tmp_path / "o.star", "x", "x", {label: text}), tmp_path)
 
     def test_continue_without_options_repeats_what_the_run_did_next(self, data, finished, tmp_path, monkeypatch):
         monkeypatch.chdir(data)

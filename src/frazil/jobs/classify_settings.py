@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 import frazil
 from frazil.data import BadInput
@@ -50,7 +50,7 @@ def read_own_settings(params: BaseModel, general: Entries, folder: Path) -> dict
             continue
         kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         try:
-            value = TypeAdapter(kind).validate_python(None if text == "None" else text)
+            value = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(None if text == "None" else text)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].replace("Input should", "should")
             raise BadInput(f"{general.path}: _{label} is {text!r}, but {reason}; mend it, or give the option") from error
