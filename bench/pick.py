@@ -37,6 +37,7 @@ from frazil.simulate.phantom import phantom  # noqa: E402
 from frazil.steps.pick import PickSettings, candidates, make_bank, match, prepare  # noqa: E402
 
 PIXEL, BOX, VIEWS = 1.77, 128, 8
+LEVEL = 4.0  # z of a pick; candidates are kept down to one less, as `frazil pick` does
 RESULTS = Path(__file__).resolve().parent / "results" / "pick.jsonl"
 
 
@@ -103,9 +104,9 @@ def picks_of(star: Path, settings: MicrographSettings, lowpass: float, device: s
     from frazil.io.mrc import read_stack
 
     bank = make_bank(read_stack(star.parent / "templates.mrcs").to(device), PIXEL, (image.shape[0], image.shape[1]), PIXEL,
-                     PickSettings(settings.diameter, lowpass))  # fmt: skip
+                     PickSettings(settings.diameter, lowpass, score="z"))  # fmt: skip
     ready = prepare(image.to(device), bank, found.optics_of(0), found.defocus[0].to(device))
-    picks = candidates(match(ready, bank), 0.3, 0.1 * settings.diameter, 1.1, distance=0.65 * settings.diameter)
+    picks = candidates(match(ready, bank), LEVEL, 0.1 * settings.diameter, 1.1, distance=0.65 * settings.diameter)
     kept = highest_apart(picks.xy.numpy(), picks.value.double().numpy(), 0.65 * settings.diameter / PIXEL)
     return picks.xy.numpy()[kept], picks.value.numpy()[kept]
 
@@ -144,7 +145,7 @@ def timed(star: Path, folder: Path, settings: MicrographSettings, lowpass: float
     image = image.pin_memory() if device.type == "cuda" else image
     budget = int(0.4 * torch.cuda.mem_get_info()[0]) if device.type == "cuda" else 3 << 29
     bank = make_bank(read_stack(star.parent / "templates.mrcs").to(device), PIXEL, (args.size, args.size), PIXEL,
-                     PickSettings(settings.diameter, lowpass, cache_bytes=budget))  # fmt: skip
+                     PickSettings(settings.diameter, lowpass, score="z", cache_bytes=budget))  # fmt: skip
 
     defocus = found.defocus[0].to(device)
 
@@ -164,7 +165,7 @@ def timed(star: Path, folder: Path, settings: MicrographSettings, lowpass: float
         over("prepare")
         scores = match(ready, bank)
         over("match")
-        candidates(scores, -0.1, 15.0, 1.1, distance=0.65 * settings.diameter)
+        candidates(scores, LEVEL - 1, 15.0, 1.1, distance=0.65 * settings.diameter)
         over("peaks")
 
     work()  # compiles

@@ -6,7 +6,8 @@ Simulated micrographs of 720² at 3 Å with ice, junk and a carbon edge, 200 par
     views      twelve even views of the map, particles in all orientations: a 3D reference
     averages   twelve class averages of 100 such particles each: their noise, CTF, views within about 8°, turned by 4°, shifted by 4 Å
 
-A line a case: recall at false discovery rates of 0.2 and 0.34 (0: never reached), recall where as many are picked as there are. `expected`
+A line a case: recall at false discovery rates of 0.2 and 0.34 (0: never reached), recall where as many are picked as there are; threshold,
+recall and rate of what `frazil pick` would do by itself. `expected`
 is what the filter leaves of the matched filter's signal over noise (white and coloured), sqrt(Σ P c² e b / Σ P c² N) by shells, with exact
 templates. Four minutes on two cores. Lines go to bench/results/pick_filter.jsonl with --write.
 """
@@ -16,8 +17,11 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from frazil.data import Optics  # noqa: E402
 from frazil.maths.fourier import image_from_ft  # noqa: E402
-from frazil.maths.peaks import highest_apart, match_points  # noqa: E402
+from frazil.maths.peaks import highest_apart, match_points, split_level  # noqa: E402
 from frazil.maths.rotation import euler_to_matrix  # noqa: E402
 from frazil.maths.sphere import directions  # noqa: E402
 from frazil.ops.dispatch import set_threads  # noqa: E402
@@ -46,7 +50,12 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["exact", "views", "averages"])
     parser.add_argument("--snr", type=float, nargs="+", default=[0.1, 0.06, 0.03])
     parser.add_argument("--lowpass", type=float, nargs="+", default=[0.0, 20.0])
+    parser.add_argument("--scores", nargs="+", default=["z", "fom"])
+    parser.add_argument("--theory", action="store_true", help="z at particles beside the matched filter's; --kinds exact --clean")
+    parser.add_argument("--clean", action="store_true", help="no junk, ice, carbon")
+    parser.add_argument("--coloured", type=float, default=0.2, help="share of the noise's variance below 20 Å")
     parser.add_argument("--sets", type=int, default=4, help="micrographs of 50 particles")
+    parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--step", type=float, default=10.0, help="in-plane angle, degrees")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
@@ -56,11 +65,20 @@ def main() -> None:
     source = phantom(BOX, PIXEL, "C1", 2)
     for kind in args.kinds:
         for snr in args.snr:
-            settings = sim.MicrographSettings((SIDE, SIDE), source.diameter(), 50, snr, 8 if kind == "exact" else 0, seed=3)
+            settings = sim.MicrographSettings((SIDE, SIDE), source.diameter(), 50, snr, 8 if kind == "exact" else 0, seed=args.seed,
+                                              coloured=args.coloured)  # fmt: skip
+            settings = replace(settings, junk=0, ice=0, carbon=False) if args.clean else settings
             made = [sim.simulate_micrograph(source, OPTICS, settings, i) for i in range(args.sets)]
             pictures = templates(kind, source, settings)
-            for lowpass in args.lowpass:
-                row = {"templates": kind, "snr": snr, "lowpass": lowpass, **curve(made, pictures, settings, lowpass, args)}
+            if args.theory:
+                for lowpass in args.lowpass:
+                    row = against_theory(made, pictures, settings, lowpass, args)
+                    print(json.dumps({"snr": snr, "lowpass": lowpass} | {key: round(value, 3) for key, value in row.items()}), flush=True)
+                continue
+            for score, lowpass in product(args.scores, args.lowpass):
+                row = {"templates": kind, "snr": snr, "score": score, "lowpass": lowpass, "particles": sum(len(m.xy) for m in made),
+                       "clean": args.clean, "coloured": args.coloured, "seed": args.seed,
+                       **curve(made, pictures, settings, score, lowpass, args)}  # fmt: skip
                 if kind == "exact":
                     row["expected"] = round(left_of_the_signal(pictures, settings, lowpass), 3)
                 asked = ["git", "rev-parse", "--short", "HEAD"]
@@ -123,11 +141,12 @@ def class_average(images: Tensor, scale: float, settings: sim.MicrographSettings
 
 
 def curve(
-    made: list[sim.SimulatedMicrograph], pictures: Tensor, settings: sim.MicrographSettings, lowpass: float, args: argparse.Namespace
-) -> dict[str, float]:
+    made: list[sim.SimulatedMicrograph], pictures: Tensor, settings: sim.MicrographSettings, score: str, lowpass: float,
+    args: argparse.Namespace,
+) -> dict[str, float]:  # fmt: skip
     """Recall at given false discovery rates, and with as many picks as particles."""
     device = torch.device(args.device)
-    plan = PickSettings(settings.diameter, lowpass, args.step)
+    plan = PickSettings(settings.diameter, lowpass, args.step, score)
     bank = make_bank(pictures.to(device), PIXEL, settings.shape, PIXEL, plan)
     apart = 0.65 * settings.diameter
     gains, values = [], []
@@ -141,7 +160,53 @@ def curve(
     false, n = 1 - right / np.arange(1, len(right) + 1), sum(len(m.xy) for m in made)
     reached = {rate: np.flatnonzero(false <= rate) for rate in RATES}
     recalls = {f"recall_at_{rate}": round(float(right[at[-1]]) / n, 3) if len(at) else 0.0 for rate, at in reached.items()}
-    return {**recalls, "recall_of_as_many": round(float(right[min(n, len(right)) - 1]) / n, 3)}
+    every = np.concatenate(values)
+    level = max(split_level(every[every > 0]), 3.0) if score == "z" else 0.05  # what `frazil pick` takes
+    number = int((every >= level).sum())
+    own = {"threshold": round(level, 2), "recall": round(float(right[number - 1]) / n, 3), "fdr": round(float(false[number - 1]), 3)}
+    return {**recalls, "recall_of_as_many": round(float(right[min(n, len(right)) - 1]) / n, 3), **own}
+
+
+def against_theory(
+    made: list[sim.SimulatedMicrograph], pictures: Tensor, settings: sim.MicrographSettings, lowpass: float, args: argparse.Namespace
+) -> dict[str, float]:
+    """z at particles of known view (not taken relative to the micrograph) beside that of the matched filter in the noise that was made.
+
+    Expected: Σ P c² e / sqrt(Σ P c² N) of the particle's own view and the micrograph's CTF, plus a normal variable of standard deviation 1.
+    Recall: at a false discovery rate of 0.34 from those values at particles and from the maxima found elsewhere.
+    """
+    bank = make_bank(pictures, PIXEL, settings.shape, PIXEL, PickSettings(settings.diameter, lowpass, args.step, "z"))
+    k2, point = torch.fft.fftfreq(BOX).square()[:, None] + torch.fft.rfftfreq(BOX).square(), torch.zeros(BOX, BOX)
+    point[0, 0] = 1
+    falling = 1 / (1 + k2 / sim.KNEE**2) ** 2
+    noise = 1 - settings.coloured + settings.coloured * falling / float(falling.mean())
+    power = torch.fft.rfft2(pictures).abs().square() / BOX**2
+    power[:, 0, 0] = 0
+    power[:, :, 1:-1] *= 2
+    power *= torch.ones_like(k2) if lowpass <= 2 * PIXEL else (k2 <= (PIXEL / lowpass) ** 2).to(k2)
+    expected, found, elsewhere = [], [], []
+    for m in made:
+        with patch("frazil.steps.pick._above_usual", lambda strength: strength):
+            scores = match(prepare(m.image, bank, OPTICS, m.defocus), bank)
+        seen = power * torch.fft.rfft2(sim.multiply_ctf(point, OPTICS, m.defocus)).real.square()
+        unit = ((seen * noise).sum((-2, -1)) / seen.sum((-2, -1))).sqrt() / m.image.std()  # sd of the noise of z, by view
+        signal = (seen * torch.exp(-0.25 * settings.b_factor * k2 / PIXEL**2)).sum((-2, -1)) / (seen * noise).sum((-2, -1)).sqrt()
+        for (x, y), view in zip((m.xy * bank.grid.scale[1]).long().tolist(), m.view.tolist(), strict=True):
+            expected.append(float(signal[view]))
+            found.append(float(scores.value[max(0, y - 1) : y + 3, max(0, x - 1) : x + 3].max() / unit[view]))
+        peaks = candidates(scores, -1e9, 20.0, 1.1, distance=0.65 * settings.diameter)
+        kept = highest_apart(peaks.xy.numpy(), peaks.value.double().numpy(), 0.65 * settings.diameter / PIXEL)
+        far = torch.cdist(peaks.xy[kept], m.xy).amin(1) > settings.diameter / PIXEL
+        elsewhere.extend((peaks.value[kept][far] / unit.mean()).tolist())
+    drawn = np.add.outer(np.random.default_rng(0).standard_normal(20), np.array(expected)).ravel()
+
+    def recall(values: np.ndarray) -> float:
+        shares = [(float((values >= t).mean()), float((np.array(elsewhere) >= t).sum())) for t in np.arange(3, 9, 0.02)]
+        return max((share for share, false in shares if false <= 0.34 * (false + share * len(expected))), default=0.0)
+
+    differ = np.array(found) - np.array(expected)
+    return {"z_expected": float(np.mean(expected)), "z_found": float(np.mean(found)), "sd_of_difference": float(differ.std()),
+            "recall_expected": recall(drawn), "recall_found": recall(np.array(found))}  # fmt: skip
 
 
 def left_of_the_signal(pictures: Tensor, settings: sim.MicrographSettings, lowpass: float) -> float:

@@ -47,7 +47,7 @@ K = 8
 PARAMS = resolved(
     Class2dParams(
         classes=K, tau_fudge=2, diameter=DIAMETER, offset_range=6, offset_step=2.4, perturb=0, psi_step=12, center_classes=False,
-        max_significant=-1,
+        max_significant=-1, explore=0,
     ),
     PIXEL,
 )  # fmt: skip

@@ -17,6 +17,8 @@ def test_a_tiny_benchmark_measures_every_phase(tmp_path: Path, capsys: pytest.Ca
     assert line["bench"] == "class3d" and line["shape"]["classes"] == 2 and line["processes"] == 1
     assert set(line["phases"]) == set(PHASES) and all(line["phases"][name] > 0 for name in ("windows", "coarse", "fine", "sums", "M-step"))
     assert len(line["each"]) == 3 and line["seconds"] == line["each"][2]  # those after the second
+    assert set(line["files"]) == {"read", "write"} and min(line["files"].values()) > 0
+    assert line["busy"] is None and line["peak_gb"] is None  # there is no GPU; NaN would be no JSON
     assert 0.5 <= line["correct"] <= 1 and line["coarse_ceiling"] > 0
     assert "class3d, 24 particles of 32 px, K = 2" in capsys.readouterr().out
 

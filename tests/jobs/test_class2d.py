@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ import frazil.steps.classify as step
 from frazil.cli import main
 from frazil.io.mrc import read_stack, write_mrc
 from frazil.io.star import read_star, write_star
+from frazil.jobs.class2d import Params, first_look
 from frazil.jobs.class_report import class_report
 from frazil.jobs.class_sheet import last_stack, plot_averages
-from frazil.jobs.classify_files import read_classification
+from frazil.jobs.classify_files import read_classification, seeded_anew
 from frazil.jobs.record import read_json
+from frazil.jobs.run import Options, Run
 from frazil.maths.masks import soft_circle
 from frazil.simulate.averages import agreement, particles_of, pictures
 
@@ -73,6 +76,11 @@ def gradients(data: Path) -> Path:
     out = data / "gradients"
     assert main(command(data, out, "--method", "vdam", "--write-every", 1)) == 0
     return out
+
+
+def asked(folder: Path) -> Run:
+    """A run that has not begun, with no options but where it is."""
+    return Run("class2d", Params(), Options(output=folder / "asked", device="cpu"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -187,6 +195,32 @@ class TestGoingOn:
             assert float((a - b).norm() / b.norm()) < 2e-3  # to the digits of the STAR files
             used = read_json(tmp_path / f"more{n}" / "job.json")
             assert used["parameters"]["mask_edge"] == 3.5 and used["parameters"]["iterations"] == LAST and used["seed"] == 8
+
+    def test_how_long_a_run_explores_is_in_its_files_and_relions_do_not(self, data, finished, tmp_path, monkeypatch):
+        monkeypatch.chdir(data)
+        path = finished / "run_it001_optimiser.star"
+        assert first_look(asked(tmp_path), Params(continue_=path))[1].explore == Params().explore > 0
+        blocks = read_star(path)
+        del blocks["optimiser_general"]["frazilExplore"]
+        theirs = finished / "theirs_optimiser.star"  # beside the files it names
+        write_star(theirs, blocks)
+        assert first_look(asked(tmp_path), Params(continue_=theirs))[1].explore == 0
+        assert first_look(asked(tmp_path), Params(continue_=theirs, explore=0.3))[1].explore == 0.3
+
+    def test_two_classes_with_one_average_are_told_apart_again(self, data, finished, tmp_path, monkeypatch):
+        """A class that started anew as a copy of another: files do not say which particles were to be whose."""
+        monkeypatch.chdir(data)
+        state, params, _ = first_look(asked(tmp_path), Params(continue_=finished / "run_it002_optimiser.star"))
+        assert state is not None and seeded_anew(state, params, 1).assigned is None
+        maps, klass = state.model.maps.clone(), torch.arange(COUNT) % 3
+        maps[2] = maps[0]
+        twins = replace(state, model=replace(state.model, maps=maps), poses=replace(state.poses, klass=klass))
+        assigned = seeded_anew(twins, params, 1).assigned
+        assert assigned is not None and (assigned[klass == 1] == -1).all()
+        counts = torch.bincount(assigned[klass != 1], minlength=3)
+        assert counts[1] == 0 and counts.min() == 0 and counts[[0, 2]].min() > 30
+        gone = replace(twins, model=replace(twins.model, pdf_class=torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)))
+        assert seeded_anew(gone, params, 1).assigned is None  # empty classes are alike, too
 
     @pytest.mark.parametrize("n", [0, 2])
     def test_a_gradient_run_continues_with_its_momenta(self, data, gradients, tmp_path, monkeypatch, n):

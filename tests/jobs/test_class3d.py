@@ -340,6 +340,12 @@ class TestBadInput:
             (("--symmetry", "Q3"), "--symmetry"),
             (("--reseed-below", 2), "--reseed-below"),
             (("--initial-lowpass", 1000), "leaves nothing of"),
+            (("--initial-lowpass", "nan"), "--initial-lowpass: should be a finite number"),
+            (("--tau-fudge", "inf"), "--tau-fudge: should be a finite number"),
+            (("--diameter", "nan"), "--diameter: should be a finite number"),
+            (("--strict-highres", 1000), "--strict-highres 1000 leaves nothing of"),
+            (("--offset-range", 1000), "shifts of more than half the box"),
+            (("--offset-range", 6, "--offset-step", 0.05), "45239 shifts of every orientation, at most 10000"),
         ],
     )
     def test_options(self, data, tmp_path, capsys, options, words):

@@ -109,11 +109,23 @@ def test_resume_redoes_what_is_missing_or_half_written(project: Path, monkeypatc
             path.write_bytes(whole)
     state = Path("out/state.json")
     state.write_text(state.read_text().replace('"done"', '"stopped"'))
-    done: list[int] = []
-    work = ctf._finish
-    monkeypatch.setattr(ctf, "_finish", lambda job, index, *rest: done.append(index) or work(job, index, *rest))
+    done: list[str] = []
+    work = ctf.finish
+    monkeypatch.setattr(ctf, "finish", lambda task: done.append(task.name) or work(task))
     assert main([*COMMAND, "--resume"]) == 0
-    assert done == [0] and Path("out/micrographs_ctf.star").read_text() == table
+    assert done == ["mics/a.mrc"] and Path("out/micrographs_ctf.star").read_text() == table
+
+
+def test_processes_find_what_threads_do(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    listed(["mics/a.mrc", "mics/gone.mrc", "mics/noise.mrc", "mics/b.mrc"])
+    assert main(COMMAND) == 0
+    monkeypatch.setattr("frazil.jobs.ctf.MANY", 1)
+    monkeypatch.setattr("frazil.jobs.ctf_work.estimate_ctf", None)  # of this process
+    assert main([*COMMAND[:3], "other", *COMMAND[4:-1], "2"]) == 0
+    for name in ("micrographs_ctf.star", "left_out.star", "mics/a_ctf.star", "mics/b_ctf.star", "mics/noise_ctf.star"):
+        assert Path("other", name).read_text().replace("other/", "out/") == Path("out", name).read_text(), name
+    assert Path("other/mics/a_ctf.png").read_bytes() == Path("out/mics/a_ctf.png").read_bytes()
+    assert torch.equal(read_mrc("other/mics/b.ctf").data, read_mrc("out/mics/b.ctf").data)
 
 
 def test_bad_micrographs_are_listed_and_the_job_succeeds(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

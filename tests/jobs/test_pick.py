@@ -140,7 +140,7 @@ def test_a_map_as_reference_and_mixed_pixel_sizes(made, tmp_path):
         star["micrographs"]["rlnOpticsGroup"] = [1, 2]
 
     star = changed_star(made, tmp_path / "m.star", change)
-    picked(made, tmp_path / "out", star, reference=made / "reference.mrc", view_step=60.0)
+    picked(made, tmp_path / "out", star, reference=made / "reference.mrc", view_step=60.0, score="fom")
     assert "2 pixel sizes" in log_of(tmp_path / "out") and "a typical particle has fom 1" in log_of(tmp_path / "out")
 
 
@@ -158,6 +158,22 @@ def test_bad_input(made, tmp_path, change, message):
         change["score"] = "ncc"
     with pytest.raises(BadInput, match=message):
         picked(made, tmp_path / "out", star, **change)
+
+
+def test_the_score_is_z_unless_something_of_fom_is_given(made, tmp_path):
+    """With z nothing has to be known: templates of a hundred times the grey scale give the same picks, particles and few others."""
+    write_mrc(tmp_path / "strong.mrcs", 100 * read_stack(made / "templates.mrcs"), 5.0, stack=True)
+    picked(made, tmp_path / "plain")
+    picked(made, tmp_path / "strong", templates=tmp_path / "strong.mrcs")
+    found = evaluated(made, tmp_path / "plain")
+    assert found.recall[-1] > 0.95 and found.fdr[-1] < 0.1
+    both = [read_coordinates(tmp_path / name / "autopick.star").values() for name in ("plain", "strong")]
+    for a, b in zip(*both, strict=True):
+        assert (a[SCORE] >= 3).all() and np.allclose(a[[X, Y, SCORE]], b[[X, Y, SCORE]], atol=1e-2)
+    for name, change in (("threshold", {"threshold": 0.3}), ("scale", {"greyscale": "file"}), ("fom", {"score": "fom"})):
+        picked(made, tmp_path / name, **change)
+        assert torch.load(tmp_path / name / "plan.pt")["score"] == "fom"
+        assert ("score is fom" in log_of(tmp_path / name)) == (name != "fom")
 
 
 def test_blobs_from_the_command(made, tmp_path):

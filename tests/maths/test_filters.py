@@ -12,6 +12,7 @@ from frazil.maths.filters import (
     frequency_radii,
     friedel_weights,
     lowpass_map,
+    lowpass_shell,
     lowpass_weights,
     power_spectrum,
     shell_average,
@@ -101,3 +102,7 @@ def test_apply_spectrum_scales_shells_and_drops_the_corners(rng: torch.Generator
     ft = torch.fft.rfftn(made).abs()
     assert ft[frequency_radii(16) >= 8.5].max() < 1e-10
     torch.testing.assert_close(made.mean(), volume.mean() * 2)
+
+
+def test_a_low_pass_beyond_nyquist_ends_at_the_last_shell() -> None:
+    assert [lowpass_shell(32, 6.0, d) for d in (48.0, 12.0, 2.0)] == [4, 16, 16]

@@ -68,18 +68,21 @@ def test_batches_smaller_than_the_references_change_nothing(rng, monkeypatch):
     assert (best - whole[0]).abs().max() < 1e-4 and (index == whole[1]).float().mean() > 0.99  # MKL's rounding depends on the batch
 
 
-def test_equal_batches_on_a_gpu_cover_all_references(device, rng, monkeypatch):
-    """Nine references where five fit: five and four, none twice, none left out."""
+@pytest.mark.parametrize("width", [12, 13])
+def test_equal_batches_on_a_gpu_cover_all_references(device, rng, monkeypatch, width):
+    """Nine references are five pairs, one of them half empty; where three pairs fit: three and two. None twice, none left out."""
     from frazil.ops.correlate import triton
 
-    images, references = (torch.fft.rfft2(torch.randn(n, 12, 12, generator=rng)).to(device) for n in (2, 9))
-    whole = best_of(images, references, 12, "triton")
-    monkeypatch.setattr(triton, "BATCH", 3 * 4 * 144 * 5)
+    images, references = (torch.fft.rfft2(torch.randn(n, 12, width, generator=rng)).to(device) for n in (2, 9))
+    whole = best_of(images, references, width, "triton")
+    exact, where = best_of(images.cpu().to(torch.complex128), references.cpu().to(torch.complex128), width, "reference")
+    assert (whole[0].cpu() - exact).abs().max() < 1e-4 and (whole[1].cpu() == where).float().mean() > 0.99
+    monkeypatch.setattr(triton, "BATCH", 6 * 4 * 12 * width * 3)
     counts = []
-    transform = torch.fft.irfft2
-    monkeypatch.setattr(torch.fft, "irfft2", lambda values, **options: counts.append(len(values)) or transform(values, **options))
-    best, index = best_of(images, references, 12, "triton")
-    assert counts == [5, 4, 5, 4]
+    transform = torch.fft.ifft2
+    monkeypatch.setattr(torch.fft, "ifft2", lambda values, **options: counts.append(len(values)) or transform(values, **options))
+    best, index = best_of(images, references, width, "triton")
+    assert counts == [3, 2, 3, 2]
     assert (best - whole[0]).abs().max() < 1e-4 and (index == whole[1]).float().mean() > 0.99
 
 

@@ -170,3 +170,15 @@ def test_one_histogram_of_all_classes_is_one_each(rng: torch.Generator) -> None:
     shell, values = torch.randint(0, 6, (500,), generator=rng), torch.rand(3, 500, generator=rng)
     assert torch.allclose(_by_shell_at_once(shell, values, 5), by_shell(shell, values, 5), rtol=1e-12)
     assert by_shell(shell, values, 5)[1, 2] == pytest.approx(float(values[1][shell == 2].double().sum()))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_rotations_made_at_once_are_those_made_when_wanted(flat: bool, rng: torch.Generator) -> None:
+    sampling = Sampling(order=1, offset_range=4, offset_step=2, group="D2" if not flat else "C1", flat=flat, psi_step=12.0, instance=0.3)
+    grid = make_grid(sampling)
+    made = grid.with_rotations()
+    assert made.made is not None and grid.made is None
+    o = torch.randint(0, grid.orientations, (50,), generator=rng)
+    child = torch.randint(0, grid.children, (50,), generator=rng)
+    assert torch.allclose(made.coarse_rotations(o), grid.coarse_rotations(o), atol=1e-15)
+    assert torch.allclose(made.fine_rotations(o, child), grid.fine_rotations(o, child), atol=1e-15)

@@ -14,7 +14,7 @@ from frazil.maths.rotation import random_rotations
 from frazil.ops.project import project
 from frazil.refine.expectation import expectation
 from frazil.refine.model import Model
-from frazil.refine.residence import Resident
+from frazil.refine.residence import Resident, share
 from frazil.refine.sampling import Sampling, make_grid
 from frazil.refine.search import reference_volumes
 from frazil.refine.windows import Engine, make_frame, make_windows
@@ -116,7 +116,7 @@ def test_images_on_the_device_give_the_same(rng: torch.Generator) -> None:
     model = replace(model, sigma2=model.sigma2 * 2)
     for some in (torch.arange(N), torch.tensor([1, 3, 4])):
         plain = expectation(Stored(pixels[some]), two[some], model, grid, engine, (12, 8))
-        there = expectation(held.share(some), two[some], model, grid, engine, (12, 8))
+        there = expectation(share(held, some), two[some], model, grid, engine, (12, 8))
         assert torch.equal(plain[0].data, there[0].data)
         assert all(torch.equal(a, b) for a, b in zip(vars(plain[1]).values(), vars(there[1]).values(), strict=True))
 
@@ -155,6 +155,9 @@ def test_an_image_that_is_not_a_number_keeps_its_pose_and_counts_for_nothing(rng
     torch.testing.assert_close(found.sigma2[0], clean.sigma2[0])
     torch.testing.assert_close(found.data, clean.data)
     assert poses.pmax[2] == 0 and poses.significant[2] == 0
-    alone, poses, _ = expectation(Stored(spoilt[2:3]), particles[2:3], model, grid, engine, (12, 8))  # a batch of nothing else
-    assert float(alone.weight.abs().max()) == 0 and float(alone.sigma2_weight.sum()) == 0 and poses.pmax.tolist() == [0.0]
-    torch.testing.assert_close(poses.rotation, particles.rotation[2:3])
+    near = make_grid(Sampling(order=1, offset_range=8, offset_step=4, factor=0.0, sigma=10.0))
+    for cc in (False, True):
+        for where in (grid, near):  # a batch of nothing else
+            alone, poses, _ = expectation(Stored(spoilt[2:3]), particles[2:3], model, where, replace(engine, cc=cc), (12, 8))
+            assert float(alone.weight.abs().max()) == 0 and float(alone.sigma2_weight.sum()) == 0 and poses.pmax.tolist() == [0.0]
+            torch.testing.assert_close(poses.rotation, particles.rotation[2:3])

@@ -13,8 +13,10 @@ from frazil.data import Optics
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import SMALLEST_SHARE, World, join, leave, local_device, with_less_memory, world_of_environment
 from frazil.refine.windows import Engine
+from frazil.simulate.averages import particles_of, pictures
 from frazil.simulate.classes import simulate_classes
 from frazil.simulate.particles import Settings
+from frazil.steps import class2d
 from frazil.steps.class3d import FORM, Class3dParams
 from frazil.steps.classify import ClassifyJob, initial_state, iterate, make_engine
 
@@ -62,6 +64,21 @@ def classified(world: World) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
+def averaged(world: World, method: str) -> dict[str, torch.Tensor]:
+    """Three 2D classes after two steps of which the first takes a part of the particles; of others' particles no image is at hand."""
+    generator = torch.Generator().manual_seed(4)
+    images, particles, _ = particles_of(pictures(3, 24, generator), 60, 5.0, 2.0, 1.0, generator)
+    small = {"classes": 3, "diameter": 90, "offset_range": 2, "psi_step": 30, "iterations": 2, "explore": 0.5, "scale": False}
+    params = class2d.resolved(class2d.Class2dParams(method=method, **small), 5.0)
+    job = ClassifyJob(images, params, make_engine(params, seed=1, dtype=torch.float64), class2d.FORM, world=world)
+    state, others = class2d.initial_state(job, particles, 5.0), torch.ones(60, dtype=torch.bool)
+    others[world.share(60)] = False
+    images = images.clone()
+    images[others] = torch.nan
+    *_, state = class2d.class2d(replace(job, images=images), state)
+    return {"maps": state.model.maps, "share": state.model.pdf_class, "klass": state.poses.klass, "rotation": state.poses.rotation}
+
+
 def work(rank: int, port: int, folder: str) -> None:
     """What one of two processes does."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -76,6 +93,7 @@ def work(rank: int, port: int, folder: str) -> None:
     found = {
         "total": vars(total), "poses": vars(everyone), "model": vars(same), "told": told, "but": but.maps, "own": own, "added": added,
         "classes": classified(world), "world": (world.rank, world.size),
+        "averages": {method: averaged(world, method) for method in ("em", "vdam")},
     }  # fmt: skip
     torch.save(found, f"{folder}/{rank}.pt")
     leave()
@@ -105,6 +123,15 @@ def test_a_classification_by_two_is_that_of_one(results):
         assert torch.equal(results[0]["classes"][name], results[1]["classes"][name]), name
         torch.testing.assert_close(results[0]["classes"][name], wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
     assert len(alone["klass"].unique()) == 3 and float(alone["accuracy"].max()) < 900
+
+
+@pytest.mark.parametrize("method", ["em", "vdam"])
+def test_a_part_of_the_particles_by_two_is_that_of_one(results, method):
+    """Halves of an exploring run, mini-batches of gradients: each process reads its own of them."""
+    for name, wanted in averaged(World(), method).items():
+        one, two = (found["averages"][method][name] for found in results)
+        assert torch.equal(one, two), name
+        torch.testing.assert_close(one, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
 
 
 def test_sums_of_all_processes_are_on_each(results):
@@ -139,6 +166,15 @@ def test_shares_are_disjoint_and_complete():
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_some_particles_are_shared_out_as_all_are():
+    """Each process has the images of its share of all: of any others it finds those, and none else."""
+    members = torch.tensor([0, 1, 4, 5, 6])
+    for size in (1, 2, 3):
+        for rank in range(size):
+            mine = members[World(rank, size).share(len(members), members)]
+            assert mine.tolist() == [i for i in members.tolist() if i in World(rank, size).share(N)]
+
+
 def test_alone_nothing_is_copied():
     world, sums = World(), statistics(1)
     assert world.total(sums) is sums and world.tell(sums) is sums and world_of_environment() == world
@@ -159,7 +195,7 @@ def test_smaller_batches_when_memory_runs_out():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "done"
 
-    assert with_less_memory(Engine(diameter=1), needs_a_quarter) == "done" and tried == [1, 2, 4]
+    assert with_less_memory(Engine(diameter=1), needs_a_quarter) == ("done", 4) and tried == [1, 2, 4]
 
     def never(engine: Engine) -> str:
         tried.append(engine.shrink)

@@ -119,11 +119,16 @@ def test_centring_moves_the_mass_to_the_middle():
         return torch.exp(-((line - x) ** 2 + (line[:, None] - y) ** 2) / 8) - 0.05
 
     maps = torch.stack([blob(3, -2), blob(0, 0), blob(8, 0)])
-    shift = planes.centre_offsets(maps, 5.0)
+    everywhere = torch.ones(N, N)
+    shift = planes.centre_offsets(maps, 5.0, everywhere)
     assert shift.tolist() == [[-3, 2], [0, 0], [-5, 0]]
     there = planes.moved(maps, shift)
     assert torch.allclose(there[0][8:17, 8:17], blob(0, 0)[8:17, 8:17], atol=1e-12)
-    assert planes.centre_offsets(torch.zeros(1, N, N), 5.0).tolist() == [[0, 0]]
+    assert planes.centre_offsets(torch.zeros(1, N, N), 5.0, everywhere).tolist() == [[0, 0]]
+    beside = blob(0, 0) + blob(9, 0)  # a neighbour counts only where the mask lets it
+    near = (line**2 + line[:, None] ** 2 < 36).to(torch.float32)
+    assert planes.centre_offsets(beside[None], 9.0, everywhere)[0, 0] < -3
+    assert planes.centre_offsets(beside[None], 9.0, near).tolist() == [[0, 0]]
 
 
 def test_solvent_masks(rng):

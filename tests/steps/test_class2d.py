@@ -9,7 +9,7 @@ import torch
 from frazil.maths.filters import lowpass_map
 from frazil.maths.rotation import random_rotations
 from frazil.simulate.averages import agreement, particles_of, pictures
-from frazil.steps.class2d import FORM, Class2dParams, GradientState, class2d, initial_state, resolved
+from frazil.steps.class2d import FORM, Class2dParams, GradientState, centred, class2d, initial_state, resolved
 from frazil.steps.classify import ClassifyJob, iterate, make_engine
 
 BOX, PIXEL, K, COUNT = 32, 4.0, 3, 300
@@ -101,6 +101,90 @@ def test_averages_are_centred(known):
         job = job_for(images, iterations=2, center_classes=wanted, initial_lowpass=12.0)
         found[wanted] = centre(last(job, blind, references=off).model.maps)
     assert found[True].norm(dim=1).max() < 1.0 < found[False].norm(dim=1).min()
+
+
+@pytest.mark.parametrize("loose", [1.2, 1.4, 1.6])
+@pytest.mark.parametrize("off", [0, 6])
+def test_a_particle_beside_others_keeps_the_middle(loose, off):
+    """A hollow sphere with one touching it and another farther off: centred again and again, it ends in the middle of the box.
+
+    With the mass of the whole box the average comes to rest between the two (half their distance, 11 px, away).
+    """
+    box, radius = 96, 20
+    line = torch.arange(box, dtype=torch.float64) - box // 2
+
+    def shell(x):
+        r2 = (line - x) ** 2 + line[:, None] ** 2
+        return (radius**2 - r2).clamp(min=0).sqrt() - ((0.65 * radius) ** 2 - r2).clamp(min=0).sqrt()
+
+    at = off
+    for _ in range(12):
+        field = shell(at) + shell(at + 2.1 * radius) + shell(at - 4.3 * radius)
+        job = job_for(torch.zeros(1), diameter=2 * radius * PIXEL * loose)
+        after = centred(job, field[None], PIXEL)
+        shift = [x for x in range(-3, 4) if torch.equal(after[0][:, 10:-10], torch.roll(field, x, 1)[:, 10:-10])]
+        assert len(shift) == 1
+        at += shift[0]
+    assert abs(at) <= (2 if loose < 1.5 else 3)
+
+
+class Recorded(Stored):
+    """Images that remember which of them were asked for."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        super().__init__(images)
+        self.asked: list[int] = []
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        self.asked += index.tolist()
+        return super().__getitem__(index)
+
+
+def test_while_a_run_explores_particles_meet_averages_of_the_others(known):
+    """Halves take turns: what an iteration compares with is made of images it does not read. Then all take part, the last time too."""
+    _, images, blind, _, _ = known
+    pictures_read = Recorded(images)
+    job = replace(job_for(images, iterations=5, classes=6, explore=1.0), images=pictures_read)
+    state, read = initial_state(job, blind, PIXEL), []
+    for _ in range(5):
+        pictures_read.asked = []
+        before, state = state, iterate(job, state)
+        read.append(set(pictures_read.asked))
+        idle = torch.tensor(sorted(set(range(COUNT)) - read[-1]), dtype=torch.int64)
+        assert torch.equal(state.particles.rotation[idle], before.particles.rotation[idle])
+        assert torch.equal(state.poses.klass[idle], before.poses.klass[idle])
+    assert read[0] == read[2] and read[1] == read[3] and not read[0] & read[1]
+    assert len(read[0]) == COUNT // 2 and len(read[0] | read[1]) == len(read[4]) == COUNT
+
+
+def test_while_a_run_explores_a_large_class_has_no_advantage(known):
+    """With nine tenths of the prior and of the particles in one of two equal averages, the next iteration shares them out evenly."""
+    truth, images, blind, _, _ = known
+    share = {}
+    for explore in (0.9, 0.0):
+        job = job_for(images, iterations=4, classes=2, explore=explore, inactivity_threshold=0.0)
+        state = initial_state(job, blind, PIXEL, truth[:1].expand(2, BOX, BOX))
+        pdf = torch.tensor([0.9, 0.1], dtype=torch.float64)
+        model = replace(state.model, pdf_class=pdf, pdf_direction=pdf[:, None].expand_as(state.model.pdf_direction))
+        share[explore] = float(iterate(job, replace(state, model=model)).model.pdf_class[0])
+    assert share[0.9] == pytest.approx(0.5, abs=1e-3) and share[0.0] > 0.89
+
+
+def test_exploring_separates_views_that_share_classes_without_it():
+    """Eight pictures in sixteen classes, a quarter of the images pure noise: without it large classes hold two pictures, others nothing."""
+    generator = torch.Generator().manual_seed(9)
+    truth = pictures(8, BOX, generator)
+    images, particles, klass = particles_of(truth, 400, PIXEL, 1.0, 1.0, generator)
+    images[300:], klass[300:] = torch.randn(100, BOX, BOX, generator=generator), 8
+    n = len(particles)
+    blind = replace(particles, rotation=torch.eye(3, dtype=torch.float64).repeat(n, 1, 1), shift=torch.zeros(n, 2, dtype=torch.float64))
+    right, small = {}, {}
+    for explore in (0.6, 0.0):
+        found = last(job_for(images, classes=16, iterations=15, explore=explore), blind).particles.klass - 1
+        right[explore] = agreement(found, klass)
+        small[explore] = int((torch.bincount(found, minlength=16) < 0.2 * n / 16).sum())
+    assert right[0.6] > 0.92 > right[0.0] + 0.05
+    assert small[0.6] < small[0.0]
 
 
 @pytest.mark.parametrize("method", ["em", "vdam"])

@@ -232,8 +232,31 @@ class TestMemory:
         monkeypatch.setattr(step, "expectation", short)
         found = iterate(job, first)
         assert shrinks == [1, 2, 4]
+        iterate(job, found)
+        assert shrinks == [1, 2, 4, 4]  # it is remembered
         assert torch.equal(found.poses.klass, wanted.poses.klass)
         assert (found.model.maps - wanted.model.maps).norm() < 1e-4 * wanted.model.maps.norm()
+
+
+    @pytest.mark.parametrize("where", ["reference_volumes", "maximize"])
+    def test_outside_the_batches_maps_and_m_step_go_to_main_memory(self, made, monkeypatch, caplog, where):
+        """The iteration begins again, once; a device on which nothing fits is an error."""
+        job = job_of(made, PARAMS.model_copy(update={"firstiter_cc": False}))
+        first = start(made, job, references=2)
+        wanted, true, failures = iterate(job, first), getattr(step, where), [1]
+
+        def short(*args, **more):
+            if failures and failures.pop():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return true(*args, **more)
+
+        monkeypatch.setattr(step, where, short)
+        found = iterate(job, first)
+        assert found.maps_in_main and "in main memory from now on" in caplog.text and found.model.maps.device.type == "cpu"
+        assert torch.equal(found.model.maps, wanted.model.maps) and torch.equal(found.poses.klass, wanted.poses.klass)
+        failures.extend([1, 1])
+        with pytest.raises(torch.OutOfMemoryError):
+            iterate(job, first)
 
 
 def test_the_same_seed_gives_the_same_result(made):

@@ -9,10 +9,11 @@ import torch
 
 from frazil.data import Optics
 from frazil.maths.fourier import image_from_ft
+from frazil.maths.micrographs import blank_border, normalised
 from frazil.maths.peaks import highest_apart, match_points
 from frazil.simulate.micrographs import MicrographSettings, grey_scale, simulate_micrograph, slices, view_rotations
 from frazil.simulate.phantom import phantom
-from frazil.steps.pick import PickSettings, blank_border, candidates, make_bank, match, normalised, prepare
+from frazil.steps.pick import PickSettings, candidates, make_bank, match, prepare
 
 PIXEL, BOX, SHAPE = 5.0, 40, (250, 310)
 SOURCE = phantom(BOX, PIXEL, "C1", 3)
@@ -135,6 +136,26 @@ def test_ncc_is_written_out(rng):
         assert float(scores.value[y0, x0]) == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.parametrize("lowpass", [0.0, 20.0])
+def test_z_has_the_same_noise_for_every_template(lowpass, rng):
+    """In noise a weak copy of a template scores as the template, alone and beside it, where FOM gives it more. Planted ones stand out."""
+    image = planted(0.5, 1.0, rng, PLACES)
+    noise = torch.randn(*SHAPE, generator=rng)
+    copies = templates(0.5)[:1] * torch.tensor([1.0, 0.2])[:, None, None]
+    for score, gap in (("z", 0.0), ("fom", 2.0)):
+        made = [make_bank(p, PIXEL, SHAPE, PIXEL, PickSettings(130.0, lowpass, 15, score)) for p in (copies[:1], copies[1:], copies)]
+        strong, weak, both = (match(prepare(noise, bank), bank).value for bank in made)
+        above = float(weak.max() - strong.max())
+        assert above > gap if gap else (weak - strong).abs().max() < 1e-3 and (both - strong).abs().max() < 1e-3
+    bank = make_bank(templates(0.5), PIXEL, SHAPE, PIXEL, PickSettings(130.0, lowpass, score="z"))
+    usual = match(prepare(noise, bank), bank)
+    assert abs(float(usual.value.median())) < 0.05
+    xy, value, _, template = picked(image, bank, 5.0)
+    pairs = match_points(xy, value.astype(float), np.array(PLACES, float), 2 * bank.grid.work_pixel / PIXEL)
+    assert pairs.gains.sum() == len(PLACES) == pairs.gains[: len(PLACES)].sum() and value[len(PLACES) - 1] > 1.5 * float(usual.value.max())
+    assert all(template[i] == pairs.partner[i] % 3 for i in np.flatnonzero(pairs.gains))
+
+
 def test_faint_likeness_scores_less_than_a_particle(rng):
     """The same picture at a tenth of the background's contrast has the same coefficient, but is none of our particles."""
     image = torch.randn(200, 200, generator=rng)
@@ -201,7 +222,8 @@ def test_uncached_templates_give_the_same(rng):
 
 
 @pytest.mark.slow
-def test_a_lowpass_costs_no_recall_where_templates_are_coarse_views():
+@pytest.mark.parametrize("score", ["z", "fom"])
+def test_a_lowpass_costs_no_recall_where_templates_are_coarse_views(score):
     """Table 1's shape: particles in all orientations, 12 views, SNR 0.1, ice, junk, carbon; recall at equal FDR from no filter to 20 Å."""
     from frazil.maths.rotation import euler_to_matrix
     from frazil.maths.sphere import directions
@@ -214,7 +236,7 @@ def test_a_lowpass_costs_no_recall_where_templates_are_coarse_views():
     pictures = grey_scale(source, optics, settings) * image_from_ft(slices(source, euler_to_matrix(angles), optics), box)
     recalls = {}
     for lowpass in (0.0, 20.0):
-        bank = make_bank(pictures, pixel, (720, 720), pixel, PickSettings(settings.diameter, lowpass, 10.0))
+        bank = make_bank(pictures, pixel, (720, 720), pixel, PickSettings(settings.diameter, lowpass, 10.0, score))
         pairs, values = [], []
         for m in made:
             found = candidates(match(prepare(m.image, bank, optics, m.defocus), bank), 0.0, 20.0, 1.1)

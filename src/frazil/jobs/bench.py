@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from frazil.data import BadInput, Optics
+from frazil.io.images import StackImages, write_stack
+from frazil.io.particles import make_particle_set
 from frazil.jobs import Action
+from frazil.jobs.classify_files import Output, write_iteration
 from frazil.jobs.record import source_commit
 from frazil.jobs.run import parse_memory, resolve_device
 from frazil.refine.parallel import World, join, leave, local_device
@@ -29,6 +33,7 @@ SCALING: dict[str, list[dict[str, int]]] = {
     "box": [{"box": b} for b in (128, 192, 256, 360, 512)],
     "particles": [{"particles": n} for n in (1000, 2000, 4000, 8000, 16000)],
 }
+READ_IMAGES = 1000  # of which the time to read is measured
 WARM = 2  # iterations before the timed ones: cross-correlation, random classes
 PHASES = {
     "windows": ("windows",), "coarse": ("coarse slices", "coarse products", "thresholds"),
@@ -40,7 +45,7 @@ PHASES = {
 class Class3dBench(BaseModel):
     """Time 3D classification of simulated ribosome-like particles with the settings of the standard benchmark."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     particles: int = Field(8000, ge=10, description="number of particles")
     box: int = Field(360, ge=32, multiple_of=2, description="box", json_schema_extra={"unit": "px"})
     pixel_size: float = Field(1.34, gt=0, description="pixel size at a box of 360 px; other boxes show the same field of view",
@@ -66,12 +71,13 @@ class Measured:
     seconds: float  # an iteration, median of those timed
     each: list[float]  # of every iteration
     phases: dict[str, float]  # seconds of each phase of one iteration, the device waited for after each
-    busy: float  # share of the E-step in which a kernel ran; nan where that is not known
+    files: dict[str, float]  # seconds to read the images, to write an iteration: a run does both beside the computation
+    busy: float | None  # share of the E-step in which a kernel ran; None where that is not known
     coarse_tflops: float  # of the coarse pass, thresholds included
     coarse_ceiling: float  # TFLOP/s of the matrix product alone at the same shapes
     windows_gbs: float  # bytes of the images and transforms, read and written once each way, over the time of the windows
     copy_gbs: float  # bytes a second of a plain copy
-    peak_gb: float
+    peak_gb: float | None
     correct: float  # share of particles in the right class, under the best one-to-one naming
     occupancy_error: float  # largest difference of a class's share from the true one, under that naming
     state: ClassifyState
@@ -121,7 +127,8 @@ def measure(params: Class3dBench, device: str, world: World) -> Measured:
     pixels = params.particles / world.size * params.box**2
     return Measured(
         seconds=median(seconds[WARM:]), each=seconds, phases=phases,
-        busy=busy_share(job, last) if on_gpu else float("nan"), coarse_tflops=flop / phases["coarse"] / 1e12,
+        files=file_seconds(params, made, last), busy=busy_share(job, last) if on_gpu else None,
+        coarse_tflops=flop / phases["coarse"] / 1e12,
         coarse_ceiling=ceiling, windows_gbs=34 * pixels / phases["windows"] / 1e9, copy_gbs=copy_rate(device), peak_gb=peak,
         correct=correct, occupancy_error=off, state=state,
     )  # fmt: skip
@@ -176,9 +183,24 @@ def reset_peak(on_gpu: bool) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_gb(on_gpu: bool) -> float:
-    """Most GPU memory held since reset_peak, resident images included; nan on a CPU."""
-    return torch.cuda.max_memory_allocated() / 1e9 if on_gpu else float("nan")
+def peak_gb(on_gpu: bool) -> float | None:
+    """Most GPU memory held since reset_peak, resident images included; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+
+
+def file_seconds(params: Class3dBench, made: ClassSet, state: ClassifyState) -> dict[str, float]:
+    """Seconds to read the images from a float16 stack (of READ_IMAGES, scaled to all) and to write all files of an iteration."""
+    particles, n = state.particles, min(params.particles, READ_IMAGES)
+    with TemporaryDirectory(prefix="frazil-bench-") as name:
+        folder = Path(name)
+        write_stack(folder / "images.mrcs", made.images[:n].cpu().float(), particles.optics[0].pixel_size, "float16")
+        table = make_particle_set(particles, [f"{i % n + 1:06d}@{folder}/images.mrcs" for i in range(len(particles))])
+        start = time.perf_counter()
+        StackImages(table.image_names[:n], boxes=params.box)[torch.arange(n)]
+        read = (time.perf_counter() - start) * params.particles / n
+        start = time.perf_counter()
+        write_iteration(Output(folder, table, Class3dParams(classes=params.classes), params.seed), state)
+        return {"read": read, "write": time.perf_counter() - start}
 
 
 def coarse_work(job: ClassifyJob, state: ClassifyState, on_gpu: bool) -> tuple[float, float]:
@@ -262,9 +284,12 @@ def phase_table(params: Class3dBench, found: Measured, processes: int) -> Table:
     for name, value in found.phases.items():
         made.add_row(name, f"{value:.4f}", *rate.get(name, ("", "")))
     made.add_row("sum of phases, each waited for", f"{sum(found.phases.values()):.4f}")
-    busy = f"GPU busy {100 * found.busy:.0f} % of the E-step"
+    made.add_row("read all images, once a run", f"{found.files['read']:.4f}", "beside it")
+    made.add_row("write an iteration's files", f"{found.files['write']:.4f}", "beside it")
+    busy = "" if found.busy is None else f"GPU busy {100 * found.busy:.0f} % of the E-step"
     made.add_row("right class after the last", f"{100 * found.correct:.1f} %", f"shares within {100 * found.occupancy_error:.1f} %")
-    made.add_row("[b]iteration, not interrupted", f"[b]{found.seconds:.4f}", busy, f"peak {found.peak_gb:.1f} GB")
+    peak = "" if found.peak_gb is None else f"peak {found.peak_gb:.1f} GB"
+    made.add_row("[b]iteration, not interrupted", f"[b]{found.seconds:.4f}", busy, peak)
     return made
 
 
@@ -277,7 +302,8 @@ def scaling_table(rows: list[tuple[Class3dBench, Measured]]) -> Table:
         e_step = sum(value for name, value in found.phases.items() if name != "M-step")
         made.add_row(
             str(params.particles), str(params.box), str(params.classes), f"{found.seconds:.3f}", f"{e_step:.3f}",
-            f"{found.phases['M-step']:.3f}", f"{found.peak_gb:.1f}", f"{100 * found.busy:.0f} %",
+            f"{found.phases['M-step']:.3f}", "" if found.peak_gb is None else f"{found.peak_gb:.1f}",
+            "" if found.busy is None else f"{100 * found.busy:.0f} %",
         )  # fmt: skip
     return made
 

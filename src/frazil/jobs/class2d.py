@@ -55,6 +55,8 @@ def run(params: Params, run: Run) -> None:
     world = world_of_environment()
     state, params, table = first_look(run, params)
     optics = table.particles.optics[int(table.particles.group.min())]
+    if params.reference is not None and "explore" not in params.model_fields_set:
+        params = params.model_copy(update={"explore": 0.0})  # who gives the averages wants these classes, not new ones in their place
     params = resolved(params, optics.pixel_size)
     run.settle(params)
     images = open_checked(table, run.threads)
@@ -88,7 +90,8 @@ def run(params: Params, run: Run) -> None:
 def settings(params: Params) -> tuple[tuple[str, Any], ...]:
     """Entries of optimiser.star that only a 2D classification has."""
     vdam = params.method == "vdam"
-    found = {"rlnDoCenterClasses": int(params.center_classes), "rlnDoGradientRefine": int(vdam)}
+    found: dict[str, Any] = {"rlnDoCenterClasses": int(params.center_classes), "rlnDoGradientRefine": int(vdam)}
+    found["frazilExplore"] = params.explore
     return tuple((found | ({"rlnSgdClassInactivityThreshold": params.inactivity_threshold} if vdam else {})).items())
 
 
@@ -100,6 +103,7 @@ def first_look(run: Run, params: Params) -> tuple[ClassifyState | None, Params, 
         found = {
             "center_classes": bool(general.whole("rlnDoCenterClasses", int(params.center_classes))),
             "method": "vdam" if general.whole("rlnDoGradientRefine", 0) else "em",
+            "explore": general.number("frazilExplore", 0),  # RELION's runs do not
             "inactivity_threshold": general.number("rlnSgdClassInactivityThreshold", params.inactivity_threshold),
         }
         params = params.model_copy(update={name: value for name, value in found.items() if name not in params.model_fields_set})

@@ -227,17 +227,23 @@ def part_of(state: ClassifyState, used: Tensor) -> ClassifyState:
 
 
 def seeded_anew(state: ClassifyState, params: ClassifyParams, seed: int) -> ClassifyState:
-    """The state with classes drawn at random for the next iteration if its maps are all the same (a run that was not seeded yet).
+    """The state with the particles of classes whose maps are the same drawn at random among these for the next iteration.
 
-    Unless its files say which these are: ours do, RELION's do not.
+    All of them are in a run that was not seeded yet; two after a class started anew. Equal maps would stay equal, and the files do not
+    hold which particle was to go where, unless frazil wrote them.
     """
-    maps = state.model.maps
-    if state.assigned is not None or len(maps) == 1 or keeps_orientations(params):
+    maps, live = state.model.maps, state.model.pdf_class > 0
+    if state.assigned is not None or keeps_orientations(params):
         return state
-    if any(not torch.equal(maps[0], other) for other in maps[1:]):
+    first = [next(j for j in range(k + 1) if torch.equal(maps[j], maps[k])) if live[k] else k for k in range(len(maps))]
+    groups = [torch.tensor([k for k, j in enumerate(first) if j == i]) for i in sorted({j for j in first if first.count(j) > 1})]
+    if not groups:
         return state
-    generator = torch.Generator().manual_seed(seed)
-    return replace(state, assigned=torch.randint(len(maps), (len(state.particles),), generator=generator))
+    generator, assigned = torch.Generator().manual_seed(seed), torch.full((len(state.particles),), -1, dtype=torch.int64)
+    for group in groups:
+        mine = torch.isin(state.poses.klass, group) | (len(group) == len(maps))
+        assigned[mine] = group[torch.randint(len(group), (int(mine.sum()),), generator=generator)]
+    return replace(state, assigned=assigned)
 
 
 # ---- checkpoints: plain dicts of tensors and numbers, loadable without running code

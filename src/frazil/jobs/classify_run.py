@@ -17,7 +17,16 @@ from frazil.io.particles import ANGLES, ParticleSet, match_by_image_name
 from frazil.jobs.classify_files import Output, host_copy, pack_state, read_classification, resolutions, write_iteration
 from frazil.jobs.classify_settings import VERSION, kept_settings
 from frazil.jobs.entries import Entries
-from frazil.jobs.particles_input import Subset, memory_budget, peak_memory, read_table, tick, usable_particles, warn_of_oddities
+from frazil.jobs.particles_input import (
+    Subset,
+    check_search,
+    memory_budget,
+    peak_memory,
+    read_table,
+    tick,
+    usable_particles,
+    warn_of_oddities,
+)
 from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
 from frazil.refine.parallel import World, world_of_environment
@@ -96,6 +105,7 @@ def begin(
     """(job on the usable particles, which they are, checkpoint of a stopped run, memory budget); what is left out or odd is said."""
     used = usable_particles(run, table, images, lambda good: check_counts(params, good, len(table), params.particles or params.continue_))
     warn_of_oddities(run, params.diameter, table, images, used)
+    check_search(params.offset_range, params.offset_step, table.particles, params.strict_highres)
     saved = world.tell(run.load_checkpoint() if world.rank == 0 else None)
     run.kept = (saved or {}).get("progress", {}).get("iteration")
     budget, count = memory_budget(run, (saved or {}).get("budget", 0)), len(used)

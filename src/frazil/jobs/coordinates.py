@@ -22,7 +22,7 @@ HAS_RUN_DIRECTORY = False
 class Params(BaseModel):
     """Read coordinates of any kind and write them as another: RELION's STAR, EMAN's .box, cryoSPARC's .cs, crYOLO's .cbox, CSV."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     positions: Path = Field(description="autopick.star, a coordinate file, or a folder of them")
     output: Path = Field(description="folder to write into")
     format: Literal["star", "box", "cbox", "csv", "cs"] = Field("star", description="what to write")

@@ -1,11 +1,12 @@
 """`frazil ctf`: defocus, astigmatism and phase shift of micrographs or their saved power spectra, in RELION's labels."""
 from __future__ import annotations
 
-import time
-import warnings
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,18 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
-from torch import Tensor
 
 from frazil.data import BadInput
-from frazil.io.micrographs import Micrographs, micrograph_header, read_micrographs
-from frazil.io.mrc import read_header, write_mrc
-from frazil.io.star import read_star, write_star
-from frazil.jobs.ctf_picture import write_picture
+from frazil.io.micrographs import Micrographs, read_micrographs
+from frazil.io.star import write_star
+from frazil.jobs import ctf_work
 from frazil.jobs.ctf_report import write_report
+from frazil.jobs.ctf_work import Done, Source, Task, finish, is_done, read_values, spectrum_on
 from frazil.jobs.pick_files import Spent, Writers, output_names, read_ahead
+from frazil.jobs.processes import Processes
 from frazil.jobs.run import Run
-from frazil.maths.thon import PolarBins
 from frazil.ops.dispatch import set_threads
-from frazil.steps.ctf import (
-    LEAST_SIDE,
-    CtfResult,
-    CtfSettings,
-    Spectrum,
-    estimate_ctf,
-    micrograph_spectrum,
-    saved_bins,
-    saved_spectrum,
-    tile_bins,
-    tile_layout,
-)
+from frazil.steps.ctf import CtfSettings
 
 POSITIONAL = ("micrographs",)
 HAS_RUN_DIRECTORY = True
@@ -47,14 +36,14 @@ SPECTRUM, UNWEIGHTED = "rlnCtfPowerSpectrum", "rlnMicrographNameNoDW"
 LABELS = ("rlnCtfImage", "rlnDefocusU", "rlnDefocusV", "rlnCtfAstigmatism", "rlnDefocusAngle", "rlnPhaseShift", "rlnCtfFigureOfMerit",
           "rlnCtfMaxResolution", "rlnCtfIceRingDensity")  # fmt: skip
 MOST_WORKERS = 16  # micrographs at a time: each takes three times its pixels in memory
+MANY = 12  # micrographs from which processes are worth their start; three times as many for two, which are less in the way as threads
 STALE = (*LABELS, "rlnCtfValidationScore", "rlnCtfBfactor", "rlnCtfScalefactor")  # columns of an earlier estimate
-COMMENT = "frazil…: standard deviations in Å and degrees; curves by frequency"
 
 
 class Params(BaseModel):
     """Estimate the CTF of micrographs from their Thon rings: defocus, astigmatism, on request the phase shift; and how good it is."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     micrographs: Path = Field(description="STAR file of micrographs, as `frazil motion` writes it, or one image")
     use_power_spectra: bool = Field(False, description="use the spectra that motion correction saved (rlnCtfPowerSpectrum)")
     min_defocus: float = Field(3000.0, gt=0, description="least mean defocus searched", json_schema_extra=ANGSTROM)
@@ -84,50 +73,95 @@ class _Job:
     read: Micrographs  # names of the files that are read
     settings: CtfSettings
     bases: list[str]
-    bins: dict[tuple[Any, ...], PolarBins] = field(default_factory=dict)  # by what they depend on, and device
+    device: torch.device  # where spectra are made
+    values: dict[int, dict[str, Any]] = field(default_factory=dict)  # of the micrographs that were done: data_ctf of NAME_ctf.star
     bad: dict[int, str] = field(default_factory=dict)  # micrographs that could not be used, and why
+
+    def task(self, index: int, source: Source) -> Task:
+        """What is to be done for a micrograph."""
+        return Task(self.table.names[index], self.outputs(index), source, self.table.optics_of(index), self.settings,
+                    self.params.use_power_spectra)  # fmt: skip
+
+    def tell(self, done: int, of: int) -> None:
+        """How far the run is; the place to stop."""
+        self.run.progress(done + len(self.table) - of, len(self.table), "micrographs")
+        self.run.check_stop()
 
     def outputs(self, index: int) -> tuple[Path, Path, Path]:
         """Diagnostic image (.ctf, MRC), its picture, and the STAR file that is written last."""
         base = self.run.path / self.bases[index]
         return tuple(base.with_name(base.name + ending) for ending in (".ctf", "_ctf.png", "_ctf.star"))  # type: ignore[return-value]
 
-    def bins_of(self, key: tuple[Any, ...], device: torch.device | str, make: Callable[[torch.device | str], PolarBins]) -> PolarBins:
-        """The bins for `key` on a device, made once."""
-        whole = (*key, str(device))
-        if whole not in self.bins:
-            self.bins[whole] = make(device)
-        return self.bins[whole]
 
 
 def run(params: Params, run: Run) -> None:
     """Write NAME.ctf, NAME_ctf.png and NAME_ctf.star of every micrograph that is not done, then micrographs_ctf.star and report.html."""
     job = _prepare(params, run)
-    total = len(job.table)
-    todo = [i for i in range(total) if not (run.resumed and is_done(job.outputs(i)))]
-    spent = Spent()
-    # CPU threads each have a micrograph of their own. A GPU makes the spectra, one after the other, and leaves what is small to them: a fit
-    # is thousands of steps on few numbers, which a core does as fast, and there are several.
-    workers = max(1, min(run.threads, MOST_WORKERS))
-    writers = Writers(workers, workers)
+    todo = [i for i in range(len(job.table)) if not (run.resumed and is_done(job.outputs(i)))]
+    workers, spent = max(1, min(run.threads, MOST_WORKERS)), Spent()
     before = torch.get_num_threads()
     set_threads(1)
     try:
-        for done, (index, pixels) in enumerate(spent.waiting("waiting for pixels", read_ahead(job.read, todo, run.device)), 1):
-            if run.device.type == "cpu":
-                writers.submit(_work, job, index, pixels)
-            else:
-                writers.submit(_finish, job, index, _measured(job, index, pixels))
-            spent.on("spectra and waiting for fits")
-            run.progress(done + total - len(todo), total, "micrographs")
-            run.check_stop()
+        if workers > 1 and len(todo) >= MANY * (1 + 2 / (workers - 1)):
+            _in_processes(job, todo, workers, spent)
+        else:
+            _in_threads(job, todo, workers, spent)
     finally:
-        writers.close()
         set_threads(before)
     spent.on("spectra and waiting for fits")
     _conclude(job)
     spent.on("report")
     run.event("seconds", **spent.rounded())
+
+
+def _in_processes(job: _Job, todo: Sequence[int], workers: int, spent: Spent) -> None:
+    """Each process has a micrograph of its own. Not threads: a fit is thousands of steps on few numbers, between which threads would wait
+    for each other."""
+    with Processes(workers, (ctf_work.__name__,)) as processes:
+        for done, (index, source) in enumerate(_sources(job, todo, spent), 1):
+            if isinstance(source, BadInput):
+                _record(job, index, source)
+            else:
+                processes.submit(finish, job.task(index, source), partial(_record, job, index))
+            spent.on("spectra and waiting for fits")
+            job.tell(done, len(todo))
+
+
+def _in_threads(job: _Job, todo: Sequence[int], workers: int, spent: Spent) -> None:
+    """The same for few micrographs: processes take a second or two to start."""
+    writers = Writers(workers, workers)
+
+    def work(index: int, source: Source | BadInput) -> None:
+        _record(job, index, source if isinstance(source, BadInput) else finish(job.task(index, source)))
+
+    try:
+        for done, (index, source) in enumerate(_sources(job, todo, spent), 1):
+            writers.submit(work, index, source)
+            spent.on("spectra and waiting for fits")
+            job.tell(done, len(todo))
+    finally:
+        writers.close()
+
+
+def _sources(job: _Job, todo: Sequence[int], spent: Spent) -> Iterator[tuple[int, Source | BadInput]]:
+    """Files, which the system is asked to read ahead; of a GPU the spectra, which it makes one after the other."""
+    if job.device.type != "cpu":
+        for index, pixels in spent.waiting("waiting for pixels", read_ahead(job.read, todo, job.device)):
+            try:
+                size = job.table.optics_of(index).pixel_size
+                found = pixels if isinstance(pixels, BadInput) else spectrum_on(job.device, pixels, size, job.settings)
+            except BadInput as error:
+                found = error
+            yield index, found
+        return
+    for index in todo:
+        try:
+            file = job.read.file(index)
+            with suppress(OSError, AttributeError), open(file, "rb") as opened:  # not every system can
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            yield index, file
+        except BadInput as error:
+            yield index, error
 
 
 def _prepare(params: Params, run: Run) -> _Job:
@@ -156,7 +190,8 @@ def _prepare(params: Params, run: Run) -> _Job:
             if 2.2 * optics.pixel_size > params.coarsest / 1.5:
                 raise BadInput(f"{params.micrographs}: pixels of {optics.pixel_size:g} Å show nothing finer than {params.coarsest:g} Å; "
                                "use micrographs that are binned less")  # fmt: skip
-    return _Job(params, run, table, read, settings, output_names(table))
+    device = torch.device("cpu") if params.use_power_spectra else run.device  # of a saved spectrum little is left to be made
+    return _Job(params, run, table, read, settings, output_names(table), device)
 
 
 def _with_optics(table: Micrographs, params: Params) -> Micrographs:
@@ -175,121 +210,23 @@ def _with_optics(table: Micrographs, params: Params) -> Micrographs:
     return replace(table, optics=optics)
 
 
-def is_done(files: Sequence[Path]) -> bool:
-    """Whether the files of a micrograph are there and whole: read, not only looked for."""
-    image, picture, star = files
-    try:
-        read_header(image)
-        _values(star)
-        with open(picture, "rb") as file:
-            file.seek(-8, 2)
-            return file.read() == b"IEND\xaeB`\x82"  # the end of every PNG
-    except (BadInput, OSError):
-        return False
-
-
-def _values(path: Path) -> dict[str, Any]:
-    """data_ctf of a NAME_ctf.star. Raises BadInput where it is not whole."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of rows that are cut off: counted below
-        star = read_star(path)
-    found, curves = star.get("ctf"), star.get("equiphase_average")
-    if star.skipped_rows or not isinstance(found, dict) or "frazilFlags" not in found or not isinstance(curves, pd.DataFrame):
-        raise BadInput(f"{path}: is not a whole file of `frazil ctf`")
-    return found
-
-
-def _work(job: _Job, index: int, pixels: Tensor | BadInput) -> None:
-    """All of one micrograph."""
-    _finish(job, index, _measured(job, index, pixels))
-
-
-def _measured(job: _Job, index: int, pixels: Tensor | BadInput) -> Spectrum | BadInput:
-    """The spectrum of one micrograph in main memory, or what is wrong with it."""
-    if isinstance(pixels, BadInput):
-        return pixels
-    try:
-        return _spectrum(job, index, pixels)
-    except BadInput as error:
-        return error
-
-
-def _finish(job: _Job, index: int, spectrum: Spectrum | BadInput) -> None:
-    """The CTF of one spectrum, recorded and written; a line why where it cannot be used."""
-    start = time.perf_counter()
-    try:
-        if isinstance(spectrum, BadInput):
-            raise spectrum
-        result = estimate_ctf(spectrum, job.table.optics_of(index), job.settings)
-    except BadInput as error:
-        name, said = job.read.names[index], str(error)
+def _record(job: _Job, index: int, done: Done | BadInput) -> None:
+    """An event, and lines for what a user should look at; or why the micrograph is left out."""
+    if isinstance(done, BadInput):
+        name, said = job.read.names[index], str(done)
         job.bad[index] = said if name in said else f"{name}: {said}"
         job.run.warn(f"left out: {job.bad[index]}")
         return
-    _record(job, index, result, time.perf_counter() - start)
-    _write(job, index, result)
-
-
-def _spectrum(job: _Job, index: int, pixels: Tensor) -> Spectrum:
-    """Of one micrograph, or as it was saved; in main memory."""
-    optics, device = job.table.optics_of(index), job.run.device
-    shape = (pixels.shape[0], pixels.shape[1])
-    if job.params.use_power_spectra:
-        path = job.read.file(index)
-        pixel = micrograph_header(path)[1]  # of the spectrum itself: after rounding it is not that of the micrograph
-        if pixel <= 0.1:
-            raise BadInput(f"{path}: its header has no pixel size; run `frazil motion` again")
-        bins = None  # saved_spectrum says what is wrong
-        if shape[0] == shape[1] and shape[0] >= LEAST_SIDE:
-            bins = job.bins_of((shape, pixel), "cpu", lambda where: saved_bins(shape[0], pixel, job.settings, where))
-        return saved_spectrum(pixels.cpu(), pixel, job.settings, "cpu", bins)
-
-    def made(where: torch.device | str) -> PolarBins:
-        return tile_bins(tile_layout(shape, optics.pixel_size)[0], optics.pixel_size, job.settings, where)
-
-    key, able = (shape, optics.pixel_size), min(shape) >= LEAST_SIDE
-    spectrum = micrograph_spectrum(pixels, optics.pixel_size, job.settings, device, job.bins_of(key, device, made) if able else None)
-    return spectrum if device.type == "cpu" else spectrum.on(job.bins_of(key, "cpu", made))
-
-
-def _write(job: _Job, index: int, result: CtfResult) -> None:
-    """The files of a micrograph, its STAR file last: it tells that the others are there."""
-    image, picture, star = job.outputs(index)
-    image.parent.mkdir(parents=True, exist_ok=True)
-    write_mrc(image, result.picture, result.picture_pixel)
-    write_picture(picture, Path(job.table.names[index]).name, result)
-    u, v, angle = result.defocus.tolist()
-    values: dict[str, Any] = {
-        "rlnMicrographName": job.table.names[index], "rlnDefocusU": round(u, 3), "rlnDefocusV": round(v, 3),
-        "rlnCtfAstigmatism": round(u - v, 3), "rlnDefocusAngle": round(angle, 4), "rlnPhaseShift": round(result.phase_shift, 3),
-        "rlnCtfFigureOfMerit": round(result.fom, 6), "rlnCtfMaxResolution": round(result.resolution, 4),
-        "rlnCtfIceRingDensity": round(result.ice, 4), "frazilRingsFound": int(result.found), "frazilScore": round(result.score, 2),
-    }  # fmt: skip
-    errors = zip(("Defocus", "Astigmatism", "Angle", "PhaseShift"), result.error, strict=True)
-    values |= {f"frazil{name}Error": round(value, 3) for name, value in errors}
-    values |= {f"frazilTilt{name}": round(value, 2) for name, value in zip(("", "Error", "Direction"), result.tilt, strict=True)}
-    values["frazilFlags"] = "; ".join(result.flags) or "none"
-    c = result.curves
-    curves = pd.DataFrame({"rlnResolution": c.k.numpy(), "frazilEquiphaseAverage": c.average.numpy(), "frazilModel": c.model.numpy(),
-                           "frazilCtf2": c.ctf2.numpy(), "frazilCorrelation": c.correlation.numpy()}).round(6).dropna()  # fmt: skip
-    write_star(star, {"equiphase_average": curves, "ctf": values}, COMMENT)  # what is_done looks for comes last
-
-
-def _record(job: _Job, index: int, result: CtfResult, seconds: float) -> None:
-    """An event, and lines for what a user should look at."""
-    name = job.table.names[index]
-    u, v, angle = result.defocus.tolist()
-    job.run.event("micrograph", name=name, found=result.found, defocus=(u + v) / 2, astigmatism=u - v, angle=angle, fom=result.fom,
-                  phase_shift=result.phase_shift, resolution=result.resolution, ice=result.ice, tilt=result.tilt[0], flags=result.flags,
-                  seconds=round(seconds, 4))  # fmt: skip
-    for flag in result.flags:
-        job.run.note(f"{name}: {flag}")
+    job.values[index] = done.values
+    job.run.event("micrograph", name=job.table.names[index], **done.told)
+    for flag in done.told["flags"]:
+        job.run.note(f"{job.table.names[index]}: {flag}")
 
 
 def _conclude(job: _Job) -> None:
     """micrographs_ctf.star of those with rings, lists of the others, report, summary."""
     run, total, bad = job.run, len(job.table), job.bad
-    values = {i: _values(job.outputs(i)[2]) for i in range(total) if i not in bad}
+    values = {i: job.values.get(i) or read_values(job.outputs(i)[2]) for i in range(total) if i not in bad}
     good = [i for i, v in values.items() if int(v["frazilRingsFound"])]
     none = [i for i in values if i not in good]
     path = run.path / "micrographs_ctf.star"

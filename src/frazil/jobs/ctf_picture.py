@@ -4,10 +4,10 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from frazil.io.files import write_bytes
@@ -19,7 +19,8 @@ FINE = 2  # drawn so many times larger, then reduced: smooth lines
 AVERAGE, MODEL, CTF2, CORRELATION, LIMIT = "#1f2933", "#d1495b", "#9fb3c8", "#2a9d6f", "#e09f3e"
 RESOLUTIONS = (30, 20, 15, 10, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.8)
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 74, 44  # px around the curves
-FONT = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # comes with matplotlib; has Å, ² and °
+HOME = Path(str(getattr(find_spec("matplotlib"), "origin", ""))).parent  # of matplotlib, which is not imported for a font
+FONT = HOME / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"  # has Å, ² and °
 Place = Callable[[float, float], tuple[float, float]]
 
 

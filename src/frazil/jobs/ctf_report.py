@@ -15,6 +15,7 @@ from frazil.jobs.run import Run
 
 OUTLIER = 4.0  # robust standard deviations from the median from which a micrograph is flagged
 LISTED = 60  # lines of warnings on the page
+MARGINS = (0.8, 0.55, 0.15, 0.3)  # inches around a plot
 CAPTIONS = {
     "defocus": "Mean defocus of each micrograph in the order of the table, which is that of time. The defocus asked for shows as steps; "
                "a drift is the stage or the lenses; single points far off are focusing errors or wrong fits: look at their pictures "
@@ -102,7 +103,7 @@ def _points(ax: Axes, x: np.ndarray, y: np.ndarray, flagged: np.ndarray, label: 
 def plot_defocus(table: pd.DataFrame, flagged: np.ndarray) -> Figure:
     """Mean defocus in the order of the table, and the phase shift where there is one."""
     phase = "rlnPhaseShift" in table
-    figure, axes = new_figure(8, 5 if phase else 3.4, 2 if phase else 1)
+    figure, axes = new_figure(8, 5 if phase else 3.4, 2 if phase else 1, margins=MARGINS)
     number = np.arange(1, len(table) + 1)
     _points(axes[0, 0], number, _columns(table)[0] / 1e4, flagged, "defocus / µm")
     if phase:
@@ -114,7 +115,7 @@ def plot_defocus(table: pd.DataFrame, flagged: np.ndarray) -> Figure:
 @styled
 def plot_resolution(table: pd.DataFrame, flagged: np.ndarray) -> Figure:
     """Resolution of the rings and figure of merit in the order of the table."""
-    figure, axes = new_figure(9, 3.4, 1, 2)
+    figure, axes = new_figure(9, 3.4, 1, 2, MARGINS)
     number = np.arange(1, len(table) + 1)
     _points(axes[0, 0], number, _columns(table)[2], flagged, "resolution / Å")
     axes[0, 0].invert_yaxis()
@@ -127,7 +128,7 @@ def plot_resolution(table: pd.DataFrame, flagged: np.ndarray) -> Figure:
 @styled
 def plot_astigmatism(table: pd.DataFrame, flagged: np.ndarray) -> Figure:
     """Astigmatism as a vector; resolution against defocus."""
-    figure, axes = new_figure(9, 4, 1, 2)
+    figure, axes = new_figure(9, 4, 1, 2, MARGINS)
     defocus, astigmatism, resolution = _columns(table)
     twice = np.radians(2 * table["rlnDefocusAngle"].to_numpy(dtype=float))
     ax = axes[0, 0]
@@ -146,7 +147,7 @@ def plot_astigmatism(table: pd.DataFrame, flagged: np.ndarray) -> Figure:
 @styled
 def plot_ice(ice: np.ndarray, tilt: np.ndarray, flagged: np.ndarray) -> Figure:
     """Ice ring and tilt in the order of the table."""
-    figure, axes = new_figure(9, 3.4, 1, 2)
+    figure, axes = new_figure(9, 3.4, 1, 2, MARGINS)
     number = np.arange(1, len(ice) + 1)
     _points(axes[0, 0], number, ice, flagged, "ice ring density")
     if np.isfinite(tilt).any():

@@ -23,7 +23,7 @@ HAS_RUN_DIRECTORY = False  # its two jobs have one each, and their progress bars
 class Params(BaseModel):
     """Refine simulated particles of an asymmetric phantom from a 40 Å reference, and compare map and poses with the truth."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     output: Path = Field(description="directory for the results")
     particles: int = Field(1500, ge=20, description="number of particles")
     box: int = Field(64, ge=16, le=512, description="side of the particle images, even", json_schema_extra={"unit": "px"})

@@ -35,7 +35,7 @@ GB = 1e9
 class Params(BaseModel):
     """Say what this machine offers: devices, memory, versions, and what is missing."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     gpu_memory: str = Field("6GB", description="memory budget for the table of what a refinement needs at each box")
     folder: Path = Field(Path("."), description="folder whose free disk space is shown", json_schema_extra={"level": "expert"})
 

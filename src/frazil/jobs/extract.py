@@ -38,7 +38,7 @@ NEARBY = 30.0  # Å, distance of two refined particles that are one
 class Params(BaseModel):
     """Cut particles out of micrographs: give --coordinates (picks) or --particles (refined, to extract anew)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     micrographs: Path = Field(description="STAR file of micrographs, best with their CTF; or one image (.mrc, .tif)")
     coordinates: str | None = Field(None, description="picks: autopick.star, a folder, or a file (.star, .box, .cs, .cbox, .csv)")
     particles: Path | None = Field(None, description="particles to extract again, at their refined positions (STAR)")

@@ -28,7 +28,7 @@ LABELS = {
 class Params(BaseModel):
     """Fourier shell correlation of two maps: a table, the resolutions, and with --output a plot."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     first: Path = Field(description="a map")
     second: Path = Field(description="the map to compare it with, same box and pixel size")
     mask: Path | None = Field(None, description="compare inside this mask too, and correct for what the mask itself brings")

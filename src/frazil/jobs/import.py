@@ -40,7 +40,7 @@ FEW = 20  # movies of a beam-shift group below which one is told
 class Params(BaseModel):
     """Register movies, micrographs, particles, maps or coordinates with their optics. Every file's header is checked."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     files: tuple[str, ...] = Field(description="files, globs in quotes, a STAR file, or SerialEM .mdoc files of movies", min_length=1)
     kind: Kind = Field("auto", description="what they are: movies, micrographs, particles, map, coordinates; auto: by their headers")
     pixel_size: float | None = Field(None, gt=0, description="pixel size of the files; from .mdoc or header if not "

@@ -36,7 +36,7 @@ LARGEST = {"int8": 127, "int16": 32767, "uint16": 65535}
 class Written(BaseModel):
     """What every action that writes a map has."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     output: Path = Field(description="map to write (.mrc)")
 
 
@@ -67,7 +67,7 @@ def read_pair(first: Path, second: Path) -> tuple[Volume, Volume]:
 class InfoParams(BaseModel):
     """Size, pixel size, values, origin and centre of mass of maps."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     maps: tuple[Path, ...] = Field(description="the maps", min_length=1)
 
 
@@ -119,7 +119,7 @@ class SphereParams(Written):
 class PictureParams(BaseModel):
     """Central slices and projections along the three axes as a PNG picture."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     map: Path = Field(description="the map")
     output: Path = Field(description="picture to write (.png)")
     diameter: float = Field(0.0, ge=0, description="of the particle, to leave out empty margins; 0: none", json_schema_extra=ANGSTROM)

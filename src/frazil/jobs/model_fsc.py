@@ -49,7 +49,7 @@ class Params(BaseModel):
     Give the half map the model was refined in as --half1: its curve is FSC-work, that of the other half FSC-free.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     map: Path = Field(description="the map")
     model: Path = Field(description="atomic model (mmCIF or PDB, may be gzipped), lying where the map's header puts the map")
     half1: Path | None = Field(None, description="half map the model was refined against, unfiltered: FSC-work")

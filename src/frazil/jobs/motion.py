@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,7 @@ from frazil.io.movie_table import MotionRecord, MovieTable, read_motion, read_mo
 from frazil.io.movies import EER, TIFF, Movie, open_movie
 from frazil.io.mrc import read_header, write_mrc
 from frazil.io.star import write_star
+from frazil.jobs.ahead import decoding
 from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
 from frazil.maths.bad_pixels import ORIENTATIONS, gain_match
@@ -42,6 +43,7 @@ GAIN_FRAMES, GAIN_SIDE = 4, 768  # of the first look: frames, and px of the midd
 BYTES_A_PIXEL = 8  # of a movie that is being corrected: its frames, read ahead and kept, and their transforms
 KEPT_BLOCK, KEPT_FREE = 1 << 28, 1 << 29  # bytes: arrays below the first are cut from memory that is kept, up to the second of it free
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD, MALLOC_ARENA_MAX = -1, -3, -8  # of mallopt(3)
+REPORT, KERNELS = "frazil.jobs.motion_report", "frazil.ops.warp.cpu"
 COMMENT = "motion in unbinned px, rlnAccumMotion… in Å"
 
 
@@ -52,7 +54,7 @@ def _expert(unit: str) -> JsonDict:
 class Params(BaseModel):
     """Correct the motion of movies: gain, bad pixels, alignment of frames and patches, dose-weighted sums."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     movies: Path = Field(description="STAR file of movies, as `frazil import` writes it")
     dose: float = Field(0.0, ge=0, description="dose of a frame (of EER: of a camera frame); 0: not known, no "
         "weighting", json_schema_extra={"unit": "e/Å²"})
@@ -131,6 +133,7 @@ class _Job:
     def fetch(self, index: int, threads: int) -> _Movie:
         """The movie, decoded where two such movies fit into --memory."""
         file = self.open(index, threads)
+        file = replace(file, decode=decoding(file.path, file.decode))
         pixels, memory = math.prod(file.shape), self.settings.memory
         # A pixel has one to four bytes: looked up only where it matters.
         size = 4 if 2 * 4 * pixels <= memory else file.load(0, 1).element_size()
@@ -187,7 +190,7 @@ def _results(job: _Job, waiting: list[int]) -> Generator[Future[tuple[Movie, Mot
 
     On the CPU movies are computed side by side, as many as --memory holds, each with its share of the threads: torch's own threads have
     little to do between one small array and the next. Otherwise one after the other, the next being read meanwhile. Raises
-    BadInput where the gain is wrong. Behind the last movie the modules that draw the report are loaded.
+    BadInput where the gain is wrong. While the first movies are aligned, the modules of sums and report are loaded.
     """
     workers = _workers(job, waiting)
     threads = max(1, job.run.threads // workers)
@@ -216,13 +219,14 @@ def _results(job: _Job, waiting: list[int]) -> Generator[Future[tuple[Movie, Mot
         except BaseException as error:
             gain.set_exception(error)
             raise
+        for module in (REPORT, *([KERNELS] if job.run.device.type == "cpu" else [])):
+            import_module(module)
         for index in waiting[len(ahead) :]:
             read.clear()  # held by those who compute them
             yield ahead.popleft()
             begun = begin(index)
             ahead.append(begun)
         read.clear()
-        computer.submit(import_module, "frazil.jobs.motion_report")
         while ahead:
             yield ahead.popleft()
     finally:

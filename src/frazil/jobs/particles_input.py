@@ -1,6 +1,7 @@
 """What jobs that align particles ask of their input: images that can be used, references that fit them, memory to work in."""
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from frazil.jobs.inputs import PIXEL_TOLERANCE, read_cube
 from frazil.jobs.run import Run
 from frazil.maths.fourier import resolution_shell
 
+MOST_SHIFTS = 10_000  # coarse, of an orientation
 CPU_BUDGET = 0.5  # share of the free main memory a CPU run works in
 
 
@@ -109,6 +111,21 @@ def usable_particles(run: Run, table: ParticleSet, images: StackImages, check: C
             f"(first: row {first + 1}, {names[first]}); dropped_particles.txt lists them"
         )
     return used
+
+
+def check_search(offset_range: float, offset_step: float, particles: Particles, finest: float | None = None) -> None:
+    """Raise BadInput for shifts (px) that no search can hold, or a finest resolution (--strict-highres) that leaves nothing."""
+    box, count = max(o.box for o in particles.optics), math.pi * (offset_range / offset_step) ** 2
+    if offset_range > box / 2:
+        raise BadInput(f"--offset-range {offset_range:g}: shifts of more than half the box of {box} px; give {box // 2} or less")
+    if count > MOST_SHIFTS:
+        raise BadInput(
+            f"--offset-range {offset_range:g} by --offset-step {offset_step:g}: {count:.0f} shifts of every orientation, "
+            f"at most {MOST_SHIFTS}; give a larger step or a smaller range"
+        )
+    optics = particles.optics[int(particles.group.min())]
+    if finest and resolution_shell(optics.box, optics.pixel_size, finest) < 1:
+        raise BadInput(f"--strict-highres {finest:g} leaves nothing of images of {optics.box * optics.pixel_size:g} Å a side; give fewer Å")
 
 
 def warn_of_oddities(run: Run, diameter: float, table: ParticleSet, images: StackImages, used: Tensor) -> None:

@@ -20,7 +20,7 @@ from frazil.io.micrographs import Micrographs, read_micrographs
 from frazil.io.star import write_star
 from frazil.jobs.pick_files import Spent, Writers, output_names, picks_table, read_ahead, read_maps, read_picks, write_lists, write_maps
 from frazil.jobs.pick_pictures import SHOWN, Shown, stretched, write_picture, write_report
-from frazil.jobs.pick_plan import FOM_THRESHOLD, INSIDE, NEARBY, Plan, bank_for, make_plan, prepared_of
+from frazil.jobs.pick_plan import FOM_SCALE, FOM_THRESHOLD, INSIDE, NEARBY, Plan, bank_for, make_plan, prepared_of
 from frazil.jobs.run import Run
 from frazil.maths.peaks import highest_apart
 from frazil.steps.blobs import blob_candidates, blob_map
@@ -39,7 +39,7 @@ CROWDED = 1.25  # mean distance over the least one in a picture full of picks
 class Params(BaseModel):
     """Find particles in micrographs: give --templates, --reference, --log-diameter, or --read-fom of an earlier run."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     micrographs: Path = Field(description="STAR file of micrographs, with or without CTF; or one image (.mrc, .tif)")
     templates: Path | None = Field(None, description="templates, white on black: a stack (.mrcs) or a STAR file of class averages")
     reference: Path | None = Field(None, description="a map whose views are the templates")
@@ -53,10 +53,11 @@ class Params(BaseModel):
     threshold: float | None = Field(None, description=f"least score of a pick; for fom {FOM_THRESHOLD:g}, else found from the scores")
     min_distance: float | None = Field(None, ge=0, description=f"least distance of two picks; {NEARBY:g} of the diameter if not given",
                                        json_schema_extra=ANGSTROM)  # fmt: skip
-    score: Literal["auto", "fom", "ncc"] = Field(
+    score: Literal["auto", "z", "fom", "ncc"] = Field(
         "auto",
-        description="fom: probability ratio to background, 1 for a perfect match; ncc: correlation coefficient, less where contrast is "
-        "low, better where neither CTF nor grey scale are known; auto: ncc for --reference without CTF, else fom",
+        description="z: standard deviations above what the micrograph's background usually gives; fom: probability ratio to background, "
+        "1 for a perfect match; ncc: correlation coefficient, less where contrast is low; auto: ncc for --reference without CTF, fom where "
+        f"--greyscale or a threshold below {FOM_SCALE:g} is given, else z",
     )
     symmetry: str = Field("C1", description="point group of --reference")
     view_step: float = Field(30.0, gt=0, description="angle between views of --reference", json_schema_extra={"unit": "degrees", **EXPERT})
@@ -282,7 +283,7 @@ def conclude(
     size = micrographs.optics_of(results[0].index).pixel_size
     counts = {bases[r.index]: r.number for r in results}
     values = np.concatenate([r.value for r in results])
-    write_report(run, [r.shown for r in results if r.shown], values, counts, plan.threshold, plan.diameter / size, lines)
+    write_report(run, [r.shown for r in results if r.shown], values, counts, plan.threshold, plan.score, plan.diameter / size, lines)
     run.event("picked", micrographs=len(results), picks=total, left_out=len(bad), threshold=plan.threshold)
     run.summary(f"{total} picks in {len(results)} micrographs ({total / len(results):.0f} each): {run.path / 'autopick.star'}",
                 *([f"{len(bad)} micrographs left out, see log.txt"] if bad else []))  # fmt: skip

@@ -27,7 +27,7 @@ SHOWN_FDR = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.34)
 class Params(BaseModel):
     """Compare picks with true positions: recall, false discovery rate, precision/recall curve over all thresholds."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     picks: Path = Field(description="autopick.star of a run, a coordinate file (STAR, .box, .cs, .cbox, CSV), or a folder of them")
     truth: Path = Field(description="true positions: the same kinds; files belong together by the name of the micrograph")
     cutoff: float = Field(62.0, gt=0, description="largest distance of a pick to its particle", json_schema_extra={"unit": "Å"})

@@ -106,11 +106,11 @@ def plot_counts(counts: Sequence[int]) -> Figure:
 
 
 def write_report(
-    run: Run, shown: Sequence[Shown], values: Array, counts: Mapping[str, int], threshold: float, diameter_px: float, lines: Sequence[str]
-) -> None:
+    run: Run, shown: Sequence[Shown], values: Array, counts: Mapping[str, int], threshold: float, score: str, diameter_px: float,
+    lines: Sequence[str],
+) -> None:  # fmt: skip
     """report.html, plots/*.png: numbers, warnings, histograms, and a gallery whose slider shows what another threshold would pick."""
     name = run.path.resolve().name
-    score = str(getattr(run.params, "score", "fom"))
     figures = {"scores": plot_scores(values, threshold, score), "counts": plot_counts(list(counts.values()))}
     content = html.write_plots(run.path / "plots", figures)
     total = sum(counts.values())

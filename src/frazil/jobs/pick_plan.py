@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from frazil.jobs.pick import Params
 
 SAMPLED = 5  # micrographs from which grey scale and thresholds are found
+SAMPLED_Z = 3  # of z, which micrographs have alike
 CHECKED = 2  # micrographs on which a grey scale that is given is checked
 TAUGHT = 8  # micrographs from which a round profile is learned
 NEARBY = 0.65  # least distance of picks, of the diameter
 INSIDE = 0.1  # least distance of a centre from the edge, of the diameter
 FAR_OFF = 2.0  # factor by which a grey scale may miss before it is worth a warning
 FOM_THRESHOLD = 0.05
+Z_LEAST = 3.0  # of thresholds found for z: noise alone has peaks in two groups too
+FOM_SCALE = 2.0  # a threshold below it is one of the figure of merit: z has no use for it
 PIXEL_TOLERANCE = 0.01  # relative difference of pixel sizes that counts as none
 CPU_CACHE, GPU_SHARE = 3 << 29, 0.4  # memory for turned templates: bytes on a CPU, share of what is free on a GPU
 
@@ -91,12 +94,22 @@ def template_plan(params: Params, micrographs: Micrographs, run: Run) -> Plan:
     other = [o.pixel_size for o in micrographs.optics if abs(o.pixel_size / templates.pixel_size - 1) > PIXEL_TOLERANCE]
     if other:
         run.note(f"templates have pixels of {templates.pixel_size:g} Å, micrographs of {other[0]:g} Å: templates are resampled")
-    score = params.score
-    if score == "auto":
-        score = "ncc" if templates.of_map and not (params.ctf and bool(micrographs.has_ctf.any())) else "fom"
+    score = chosen_score(params, templates, bool(micrographs.has_ctf.any()), run)
     filed = params.greyscale == "file" or (params.greyscale == "auto" and not templates.of_map and not other)
-    scale = 1.0 if filed or score == "ncc" else None
+    scale = 1.0 if filed or score != "fom" else None
     return Plan(diameter, 0.0, 0.0, score, FOM_THRESHOLD if score == "fom" else None, scale, templates)
+
+
+def chosen_score(params: Params, templates: Templates, has_ctf: bool, run: Run) -> str:
+    """The score asked for, or the one that suits: see Params.score."""
+    if params.score != "auto":
+        return params.score
+    if templates.of_map and not (params.ctf and has_ctf):
+        return "ncc"
+    if params.greyscale != "auto" or (params.threshold is not None and params.threshold < FOM_SCALE):
+        run.note("the score is fom, whose " + ("grey scale" if params.greyscale != "auto" else "thresholds are below 1") + " is given")
+        return "fom"
+    return "z"
 
 
 def replanned(params: Params) -> Plan:
@@ -159,7 +172,8 @@ def settle(params: Params, plan: Plan, micrographs: Micrographs, run: Run) -> No
         return
     run.progress(0, 1, "looking at some micrographs")
     prepared: list[tuple[Prepared, Bank]] = []
-    for index, pixels, _ in sample(micrographs, CHECKED if filed and plan.threshold is not None else SAMPLED, run.device):
+    number = CHECKED if filed and plan.threshold is not None else SAMPLED_Z if plan.score == "z" else SAMPLED
+    for index, pixels, _ in sample(micrographs, number, run.device):
         bank = bank_for(params, plan, pixels, micrographs.optics_of(index).pixel_size, run)
         prepared.append((prepared_of(params, micrographs, index, pixels, bank), bank))
     bank = prepared[0][1]
@@ -175,7 +189,7 @@ def settle(params: Params, plan: Plan, micrographs: Micrographs, run: Run) -> No
         plan.banks = {key: rescaled(b, plan.scale) for key, b in plan.banks.items()}
         run.note(f"grey scale of the templates multiplied by {plan.scale:.4g}: a typical particle has fom 1")
     if plan.threshold is None:
-        plan.threshold = automatic_threshold(alike, bank, plan.min_distance)
+        plan.threshold = max(automatic_threshold(alike, bank, plan.min_distance), Z_LEAST if plan.score == "z" else -np.inf)
         run.note(f"threshold {plan.threshold:.3f}, between the two groups of peaks of {len(alike)} micrographs")
 
 

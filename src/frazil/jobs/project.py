@@ -25,7 +25,7 @@ EXPERT: JsonDict = {"level": "expert"}
 class Params(BaseModel):
     """Project a map along the poses of a STAR file, along given angles, or along random directions."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     map: Path = Field(description="the map")
     output: Path = Field(description="stack to write (.mrcs); a STAR file with the poses goes beside it")
     star: Path | None = Field(None, description="project at the poses, and with the box and pixel size, of these particles")

@@ -18,6 +18,7 @@ from frazil.jobs.inputs import check_symmetry, read_mask_for
 from frazil.jobs.particles_input import (
     Subset,
     check_diameter,
+    check_search,
     load_reference,
     memory_budget,
     open_checked,
@@ -61,6 +62,7 @@ def run(params: Params, run: Run) -> None:
     used = usable_particles(run, table, images, lambda good: check_halves(params, table.particles, good))
     particles = table.particles[used]
     warn_of_oddities(run, params.diameter, table, images, used)
+    check_search(params.offset_range, params.offset_step, table.particles)
     saved = run.load_checkpoint()
     budget = memory_budget(run, (saved or {}).get("budget", 0))
     settings = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)

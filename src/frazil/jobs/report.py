@@ -48,7 +48,7 @@ class Params(BaseModel):
     What no file tells can be given by the options below; what neither tells is left open in the table.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     runs: tuple[Path, ...] = Field(description="directories of the runs of the project", min_length=1)
     output: Path = Field(description="page to write (.html); the table goes beside it as .csv")
     title: str = Field("", description="title of the page")

@@ -65,7 +65,7 @@ class Stopped(Exception):
 class Options(BaseModel):
     """The options that every job with a run directory has."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     output: Path = Field(description="directory for the results: a new or empty one, or that of a run to --resume")
     device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:0, cuda:1, …")
     threads: int = Field(0, ge=0, description="CPU threads; 0 = as many as this process may use")

@@ -33,7 +33,7 @@ AT_ONCE = 512  # images read at a time
 class Params(BaseModel):
     """Choose rows of particles or micrographs. Filters given together are applied in the order listed here."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     files: tuple[Path, ...] = Field(description="STAR files of particles or micrographs, several are joined; or one classification: its "
                                     "directory, or its optimiser, model or data file", min_length=1)  # fmt: skip
     classes: str | None = Field(None, description="classes that stay, such as 1,4-7,12")

@@ -29,7 +29,7 @@ def _expert(unit: str) -> JsonDict:
 class Params(BaseModel):
     """Simulate particles of a phantom or a map: images with CTF, shifts and noise, and the truth about them."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     particles: int = Field(1500, ge=1, description="number of particles")
     box: int = Field(64, ge=16, le=1024, description="side of the particle images, even", json_schema_extra={"unit": "px"})
     pixel_size: float = Field(3.5, gt=0, description="pixel size", json_schema_extra={"unit": "Å"})

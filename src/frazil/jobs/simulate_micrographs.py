@@ -25,7 +25,7 @@ EXPERT: JsonDict = {"level": "expert"}
 class Params(BaseModel):
     """Simulate micrographs of a phantom or a map: particles, CTF, noise, ice, junk and a carbon edge, and the true positions."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     micrographs: int = Field(4, ge=1, description="number of micrographs")
     size: tuple[int, int] = Field((1024, 1024), description="width and height", json_schema_extra={"unit": "px"})
     pixel_size: float = Field(1.77, gt=0, description="pixel size", json_schema_extra={"unit": "Å"})

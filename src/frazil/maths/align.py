@@ -23,6 +23,7 @@ from frazil.maths.motion import SPACE_TERMS, polynomial_basis, second_difference
 
 TAPER = 0.06  # of a patch's side, at each end, over which it fades
 ROUNDS = 10
+ROWS = 512  # of a frame transformed at a time on a CPU
 SMALL_STEP = 0.01  # px: converged
 LEAST_NOISE = 0.03  # share of noise in the power of the values, at least
 LONGEST_STEP = 3.0  # px a round
@@ -38,13 +39,24 @@ def empty_reduced(count: tuple[int, ...], shape: tuple[int, int], device: torch.
     return torch.empty(*count, shape[1] // 2 + 1, shape[0], dtype=torch.complex64, device=device).transpose(-2, -1)
 
 
-def reduced_transform(frame: Tensor, shape: tuple[int, int], *, whole: bool = False, out_: Tensor | None = None) -> Tensor:
-    """(h, w//2+1) complex64: the low frequencies of the transform of a (H, W) frame, as of an image of (h, w) px.
+def reduced_transform(
+    frame: Tensor, shape: tuple[int, int], *, whole: bool = False, gain: Tensor | None = None, out_: Tensor | None = None
+) -> Tensor:
+    """(h, w//2+1) complex64: the low frequencies of the transform of a (H, W) frame, times `gain` if given, as of an image of (h, w) px.
 
     Nyquist and the mean are zero unless the transform is wanted `whole`. Written to `out_` where it is given.
     """
     h, w = shape
-    ft = torch.fft.fft(torch.fft.rfft(frame)[:, : w // 2 + 1], dim=0)
+    if frame.device.type == "cpu":
+        # A block of rows stays in the cache while it is converted, transformed and turned to columns.
+        columns = torch.empty(w // 2 + 1, len(frame), dtype=torch.complex64)
+        block = torch.empty(ROWS, frame.shape[1])
+        for top in range(0, len(frame), ROWS):
+            rows = block[: len(frame) - top].copy_(frame[top : top + ROWS])
+            columns[:, top : top + ROWS] = torch.fft.rfft(rows if gain is None else rows.mul_(gain[top : top + ROWS]))[:, : w // 2 + 1].T
+        ft = torch.fft.fft(columns).T
+    else:
+        ft = torch.fft.fft(torch.fft.rfft(frame.float() if gain is None else frame * gain)[:, : w // 2 + 1], dim=0)
     out = empty_reduced((), shape, ft.device) if out_ is None else out_
     out[: h // 2] = ft[: h // 2]
     out[h // 2 :] = ft[len(frame) - h // 2 :]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from frazil.maths.fourier import shell_round
+from frazil.maths.fourier import resolution_shell, shell_round
 
 PLANES = 32  # of a volume's transform treated at a time
 
@@ -123,6 +123,11 @@ def apply_to_ft(data: Tensor, weight: Callable[[Tensor], Tensor], dims: int = 3)
         batch = (1,) * (data.ndim - dims)
         first[rows] *= factor.reshape(factor.shape[0], *batch, *factor.shape[1:])
     return torch.fft.irfftn(ft, s=data.shape[-dims:], dim=axes)
+
+
+def lowpass_shell(box: int, pixel_size: float, resolution: float) -> int:
+    """Shell of a low-pass filter's resolution in Å, at most N/2: one beyond Nyquist leaves everything."""
+    return min(resolution_shell(box, pixel_size, resolution), box // 2)
 
 
 def lowpass_map(data: Tensor, pixel_size: float, resolution: float, edge: float = 2.0, *, dims: int = 3) -> Tensor:

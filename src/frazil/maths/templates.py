@@ -69,3 +69,16 @@ def is_round(kernels: Tensor, tolerance: float = 0.02) -> bool:
     """Whether all in-plane angles r of (r, h, w) show the same picture, to `tolerance` of its norm."""
     norm = kernels[0].norm()
     return bool(((kernels - kernels[:1]).flatten(1).norm(dim=-1) <= tolerance * norm).all())
+
+
+def kernel_disc(reach: int, diameter_px: float, like: Tensor) -> Tensor:
+    """(2h+1, 2h+1) the particle's disc, one pixel soft."""
+    line = torch.arange(-reach, reach + 1, device=like.device, dtype=like.dtype)
+    return soft_edge((line[:, None].square() + line.square()).sqrt(), 0.5 * diameter_px - 0.5, 1.0)
+
+
+def standardised(kernels: Tensor, disc: Tensor) -> Tensor:
+    """disc · (A − mean) / sqrt(Σ disc (A − mean)²): its product with an image is the coefficient times the image's own root sum."""
+    mean = (kernels * disc).sum((-2, -1), keepdim=True) / disc.sum()
+    centred = kernels - mean
+    return centred * disc / (disc * centred.square()).sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-30)

@@ -39,14 +39,14 @@ def first_data_vs_prior(tau2: Tensor, sigma2: Tensor, particles: Tensor) -> Tens
     return torch.where(r > 0, particles[:, None] * tau2 / (2 * r.clamp(min=1) * sigma2.mean()), 0)
 
 
-def filtered_alike(tau2: Tensor, weight: Tensor, pad: float) -> tuple[Tensor, Tensor]:
+def filtered_alike(tau2: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """((K, N/2+1) signal variances that filter every map as the class of a typical particle, their common T·τ²).
 
     A map is multiplied by κTτ²W/(1 + κTτ²W) when it is made. With its own W the largest of several maps that are alike is weakened least,
     resembles every particle most, and takes them all within a few iterations. τ²_k = τ²·W̃/W_k, where τ² and W̃ are means over the
-    particles: Σ W_k τ²_k/Σ W_k, Σ W_k²/Σ W_k; weight (K, …) are the half volumes' sums.
+    particles: Σ W_k τ²_k/Σ W_k, Σ W_k²/Σ W_k; w (K, N/2+1) are the shells' mean weights W_k.
     """
-    w = shell_means(weight, pad, tau2.shape[1]).to(tau2)
+    w = w.to(tau2)
     total = w.sum(0).clamp(min=1e-300)
     common, typical = (w * tau2).sum(0) / total, w.square().sum(0) / total
     return torch.where(w > 0, common * typical / w.clamp(min=1e-300), tau2), common.expand(len(tau2), -1)
@@ -63,7 +63,9 @@ def reconstruct_classes(
     """
     world = world or World()
     k, pad = len(tau2), engine.pad
-    given, tau2 = filtered_alike(tau2, statistics.weight, pad) if alike and k > 1 else (tau2, tau2)
+    given = tau2
+    if alike and k > 1:
+        given, tau2 = filtered_alike(tau2, shell_means(statistics.weight, pad, tau2.shape[1]))
     maps = torch.zeros(k, box, box, box, dtype=engine.dtype, device=place)
     spectra, own = torch.zeros(3, k, box // 2 + 1, dtype=torch.float64), slice(world.rank, k, world.size)
     data, weight = statistics.data[own], statistics.weight[own]

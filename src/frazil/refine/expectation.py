@@ -31,6 +31,7 @@ from frazil.refine.search import (
     coarse_global,
     coarse_local,
     fine_pass,
+    in_order,
     make_group,
     make_pass,
     make_slices,
@@ -191,12 +192,13 @@ def run_batch(step: Pass, group: Group, batch: Batch, only: int | None, sums: Su
     if grid.sampling.sigma is None and grid.rotations is None:
         coarse, left_out = coarse_global(step, group, batch.y, batch.q, batch.old, only)
         if engine.cc:
-            log_orientation = torch.zeros_like(coarse.value)
+            coarse, log_orientation = in_order(coarse, torch.zeros_like(coarse.value), len(index))
         else:
             with step.clock("coarse products"):
                 coarse, log_orientation = rescored(step, group, coarse, batch.y, batch.q, batch.old)
     else:
         coarse, log_orientation = coarse_local(step, group, batch.particles, index, batch.y, batch.q, batch.old, only)
+        coarse, log_orientation = in_order(coarse, log_orientation, len(index))
         left_out = None
     with step.clock("thresholds"):
         if step.engine.cc:

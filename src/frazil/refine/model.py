@@ -95,6 +95,14 @@ class Poses:
             torch.zeros(n, **i), torch.zeros(n, **f),
         )  # fmt: skip
 
+    def with_part(self, index: Tensor | None, part: Poses) -> Poses:
+        """These poses with those of `part` at index (m,); None: `part` is of all."""
+        if index is None:
+            return part
+        out = Poses(**{name: value.clone() for name, value in vars(self).items()})
+        out.put_(index, part)
+        return out
+
     def put_(self, index: Tensor, part: Poses) -> None:
         """Write the results of some particles in their places; all on one device, so that nobody waits for it."""
         for name, value in vars(self).items():

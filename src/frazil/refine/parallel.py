@@ -33,8 +33,14 @@ class World:
     rank: int = 0
     size: int = 1
 
-    def share(self, n: int) -> Tensor:
-        """int64 numbers of this process's part of n particles: every size-th, so that micrographs are spread evenly."""
+    def share(self, n: int, members: Tensor | None = None) -> Tensor:
+        """int64 numbers of this process's part of n particles: every size-th, so that micrographs are spread evenly.
+
+        members: the n particles are these (n,) of more. Places among them are returned, of those that are this process's among all:
+        only their images are at hand.
+        """
+        if members is not None:
+            return torch.nonzero(members % self.size == self.rank)[:, 0]
         return torch.arange(self.rank, n, self.size)
 
     def total(self, statistics: Statistics) -> Statistics:
@@ -51,15 +57,15 @@ class World:
         values |= dict(zip(numbers, _add_up_(row).tolist(), strict=True))
         return Statistics(**{**values, "particles": round(values["particles"])})
 
-    def gather(self, poses: Poses, n: int) -> Poses:
-        """Poses of all n particles from every process's share of them, on each process."""
+    def gather(self, poses: Poses, n: int, members: Tensor | None = None) -> Poses:
+        """Poses of all n particles from every process's share of them (see `share`), on each process."""
         if self.size == 1:
             return poses
         out = Poses.empty(n)
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, {name: value.numpy() for name, value in vars(poses).items()})
         for rank, part in enumerate(parts):
-            out.put_(World(rank, self.size).share(n), Poses(**{name: torch.from_numpy(value) for name, value in part.items()}))
+            out.put_(World(rank, self.size).share(n, members), Poses(**{name: torch.from_numpy(value) for name, value in part.items()}))
         return out
 
     def own(self, n: int) -> range:
@@ -126,11 +132,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def with_less_memory(engine: Engine, work: Callable[[Engine], T]) -> T:
-    """work(engine), begun again with smaller batches when the device runs out of memory."""
+def with_less_memory(engine: Engine, work: Callable[[Engine], T]) -> tuple[T, int]:
+    """(work(engine), the engine's `shrink` it took): begun again with smaller batches when the device runs out of memory."""
     while True:
         try:
-            return work(engine)
+            return work(engine), engine.shrink
         except torch.OutOfMemoryError:
             if engine.shrink >= SMALLEST_SHARE:
                 raise

@@ -12,10 +12,13 @@ from frazil.maths.fourier import shell_round
 from frazil.maths.fourier2d import half_plane_radii, hermitian_planes, images_from_planes, padded_planes, shell_means_of_planes
 from frazil.maths.gridding import sinc2
 from frazil.maths.masks import mask_images, radii, soft_circle
-from frazil.refine.classes import Reconstruction
+from frazil.refine.classes import Reconstruction, filtered_alike
 from frazil.refine.maximization import EDGE_PX, MIN_SHELL
 from frazil.refine.model import Statistics
 from frazil.refine.windows import Engine, pre_shift_images
+
+CROWDED = 0.5  # density beyond the particle's circle over that within, from which on neighbours fill the box
+MIDDLE = 0.8  # of the circle's radius: what is left of it then
 
 
 def reference_planes(maps: Tensor, size: int, engine: Engine) -> Tensor:
@@ -35,12 +38,20 @@ def plane_power(planes: Tensor, box: int, pad: float) -> Tensor:
     return 0.5 * shell_means_of_planes(power, pad, box // 2 + 1).cpu()
 
 
-def reconstruct_planes(statistics: Statistics, tau2: Tensor, box: int, engine: Engine, place: str) -> Reconstruction:
-    """Averages of all classes from their sums and T·τ² (K, N/2+1), on the device `place`; a class without weight becomes zeros."""
+def reconstruct_planes(
+    statistics: Statistics, tau2: Tensor, box: int, engine: Engine, place: str, *, alike: bool = False
+) -> Reconstruction:
+    """Averages of all classes from their sums and T·τ² (K, N/2+1), on the device `place`; a class without weight becomes zeros.
+
+    alike: all are filtered with the mean of their filters.
+    """
     pad, kappa = engine.pad, engine.pad**2
     data, weight = hermitian_planes(statistics.data), hermitian_planes(statistics.weight)
     strict = shell_means_of_planes(weight, pad, box // 2 + 1, strict=True).cpu() * kappa
-    ft, coverage = divide(data, weight, tau2.to(device=data.device, dtype=torch.float64), pad)
+    given = tau2
+    if alike and len(tau2) > 1:
+        given, tau2 = filtered_alike(tau2, shell_means_of_planes(weight, pad, tau2.shape[-1]).cpu())
+    ft, coverage = divide(data, weight, given.to(device=data.device, dtype=torch.float64), pad)
     maps = images_from_planes(ft, pad, box).to(engine.dtype)
     maps = mask_images(maps, box / 2, EDGE_PX) / interpolation(box, engine)
     maps[(strict.amax(-1) <= 0).to(maps.device)] = 0
@@ -92,19 +103,40 @@ def flatten_planes(
     return out
 
 
-def centre_offsets(maps: Tensor, reach: float) -> Tensor:
+def centre_offsets(maps: Tensor, reach: float, mask: Tensor) -> Tensor:
     """(K, 2) int64 xy: whole pixels that bring the centre of mass of each average (K, N, N) to pixel N/2, no farther than `reach` px.
 
-    The mass is what stands out of the solvent: values above a tenth of the average's highest. Averages hold mass of both signs, so that
-    the first moment of all values has no bound.
+    The mass is `standing_out`, times the mask (N, N) or (K, N, N) that holds the particle and keeps its neighbours out. Averages hold mass
+    of both signs, so that the first moment of all values has no bound.
     """
-    n = maps.shape[-1]
-    mass = (maps.double() - 0.1 * maps.amax((-2, -1), keepdim=True).double()).clamp(min=0) * (radii(n, 2, maps.device) <= n / 2)
+    n, mask = maps.shape[-1], mask.to(device=maps.device, dtype=torch.float64)
+    mass = standing_out(maps, mask) * mask
     line = torch.arange(n, device=maps.device, dtype=torch.float64) - n // 2
     total = mass.sum((-2, -1)).clamp(min=1e-300)
     centre = torch.stack([(mass.sum(-2) * line).sum(-1), (mass.sum(-1) * line).sum(-1)], -1) / total[:, None]
     length = centre.norm(dim=-1, keepdim=True)
     return shell_round(-centre * (reach / length.clamp(min=1e-12)).clamp(max=1)).long()
+
+
+def standing_out(maps: Tensor, mask: Tensor) -> Tensor:
+    """(K, N, N) float64 what of averages stands out of the solvent: their values above a tenth of the highest within the mask."""
+    highest = (maps.double() * mask).amax((-2, -1), keepdim=True)
+    return (maps.double() - 0.1 * highest).clamp(min=0)
+
+
+def particle_circles(maps: Tensor, radius: float) -> Tensor:
+    """(K, N, N) circles of `radius` px at pixel N/2 that hold the particle alone: smaller by up to a fifth where it has neighbours.
+
+    The circle of a diameter given generously holds edges of neighbours, and an average that moves towards them shows more of them the next
+    time. Neighbours are seen by the mass beyond the circle: its mean over that within, over CROWDED.
+    """
+    n = maps.shape[-1]
+    r = radii(n, 2, maps.device)
+    inside, beyond = (r < radius).double(), ((r >= radius) & (r <= n / 2)).double()
+    mass = standing_out(maps, inside)
+    mean = [(mass * part).sum((-2, -1)) / part.sum().clamp(min=1) for part in (inside, beyond)]
+    crowd = (mean[1] / (CROWDED * mean[0]).clamp(min=1e-300)).clamp(max=1)
+    return (r < radius * (1 - (1 - MIDDLE) * crowd[:, None, None])).double()
 
 
 def moved(maps: Tensor, shift: Tensor) -> Tensor:

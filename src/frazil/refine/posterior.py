@@ -30,8 +30,8 @@ def posterior(step: Pass, fine: Fine, n: int) -> Posterior:
         gamma = torch.zeros_like(fine.value)
         gamma.view(-1)[best] = 1
         value = fine.value.reshape(-1)[best].double()
-        owner = fine.image[best // max(1, fine.value[0].numel())]
-        return Posterior(gamma, found.log_norm.index_copy(0, owner, value), found.best, torch.ones_like(found.pmax))
+        owner = fine.image[best // max(1, gamma.shape[1] * gamma.shape[2])]
+        return Posterior(gamma, found.log_norm.index_copy(0, owner, value), found.best, (found.best >= 0).to(found.pmax))
     # In double precision up to the difference: values are thousands, and Γ is their exponential.
     shifted = (fine.value.double() - found.log_norm[fine.image, None, None]).to(fine.value.dtype)
     gamma = shifted.exp_().mul_(found.keep.view_as(fine.value))

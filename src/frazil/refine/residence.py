@@ -32,9 +32,23 @@ class Resident:
         """(b, y, x) images of an optics group at `index`, all on the device."""
         return self.stacks[group][self.place[index]]
 
-    def share(self, mine: Tensor) -> Resident:
-        """The images of some particles, by their number among them."""
-        return Resident(self.stacks, self.group[mine], self.place[mine.to(self.place.device)])
+
+@dataclass(frozen=True)
+class _Some:
+    """Images of some particles, by their number among them."""
+
+    images: Images
+    members: Tensor
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.images[self.members[index]]
+
+
+def share(images: Images, members: Tensor) -> Images:
+    """The images of the particles `members` (in main memory), by their number among them."""
+    if isinstance(images, Resident):
+        return Resident(images.stacks, images.group[members], images.place[members.to(images.place.device)])
+    return _Some(images, members)
 
 
 def resident(images: Images, particles: Particles, engine: Engine) -> tuple[Images, Engine]:

@@ -48,6 +48,8 @@ class Sampling:
         """The same with the next random perturbation."""
         return replace(self, instance=sphere.next_perturbation(self.instance, self.factor, generator))
 
+MOST_MADE = 400_000  # rotations of children that are made at once: 29 MB
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -61,11 +63,21 @@ class Grid:
     table: Tensor  # (12·4^order, 2) rot, tilt of all coarse directions
     fine_table: Tensor  # (12·4^(order+q), 2) the same for children
     rotations: Tensor | None = None  # (n, 3, 3): orientation i is this rotation of particle i, and nothing is searched
+    made: tuple[Tensor, Tensor] | None = None  # rotations of all coarse orientations (o, 3, 3) and of all children (o, 8^q, 3, 3)
 
     def to(self, device: str) -> Grid:
-        """The grid with its tables on a device, where rotations are then made."""
+        """The grid with its tables on a device, where rotations are then made; on a GPU, if they are not too many, all at once."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: t.to(device) for name, t in tensors.items()})
+        moved = replace(self, **{name: t.to(device) for name, t in tensors.items()})
+        return moved if device == "cpu" or self.orientations * self.children > MOST_MADE else moved.with_rotations()
+
+    def with_rotations(self) -> Grid:
+        """The grid with the rotations of all orientations made: each time they are wanted they are then looked up."""
+        if self.rotations is not None:
+            return self
+        o, n = torch.arange(self.orientations, device=self.pixels.device), self.children
+        fine = self.fine_rotations(o.repeat_interleave(n), torch.arange(n, device=o.device).repeat(len(o)))
+        return replace(self, made=(self.coarse_rotations(o), fine.view(len(o), n, 3, 3)))
 
     @property
     def directions(self) -> int:
@@ -101,6 +113,8 @@ class Grid:
         if self.rotations is not None:
             return self.rotations[orientation.to(self.rotations.device)]
         o = orientation.to(self.pixels.device)
+        if self.made is not None:
+            return self.made[0][o]
         rot_tilt = self.table[self.pixels[o // self.n_psi]]
         psi = (o % self.n_psi).double() * (360.0 / self.n_psi)
         return euler_to_matrix(torch.cat([rot_tilt, psi[:, None]], -1)) @ self.perturbation
@@ -111,6 +125,8 @@ class Grid:
             return self.rotations[orientation.to(self.rotations.device)]
         o, q = orientation.to(self.pixels.device), self.sampling.oversampling
         child = child.to(o)
+        if self.made is not None:
+            return self.made[1][o, child]
         rot_tilt = self.fine_table[self.pixels[o // self.n_psi] * 4**q + child // 2**q]
         step = 360.0 / self.n_psi
         psi = (o % self.n_psi).double() * step + step * (((child % 2**q).double() + 0.5) / 2**q - 0.5)

@@ -216,7 +216,7 @@ def coarse_global(step: Pass, group: Group, y: Tensor, q: Tensor, old: Tensor, o
 
 
 def rescored(step: Pass, group: Group, found: Found, y: Tensor, q: Tensor, old: Tensor) -> tuple[Found, Tensor]:
-    """Samples of the coarse pass with their values in full precision, and the logs of their orientation priors.
+    """Samples of the coarse pass with their values in full precision, and the logs of their orientation priors; sorted (in_order).
 
     Which samples are significant then depends on rounding at 1e-6 only: refinements on a CPU and on a GPU stay together (CONVENTIONS).
     """
@@ -410,14 +410,18 @@ class Fine:
     value: Tensor  # (n, C, c) score + priors
 
 
-def fine_pass(step: Pass, group: Group, coarse: Found, log_orientation: Tensor, y: Tensor, q: Tensor, old: Tensor) -> Fine:
-    """Pass 2: the children of significant coarse samples in the fine window."""
+def in_order(coarse: Found, log_orientation: Tensor, images: int) -> tuple[Found, Tensor]:
+    """Samples and their orientation priors sorted by orientation and image."""
+    order = torch.argsort(coarse.orientation * images + coarse.image, stable=True)
+    return coarse[order], log_orientation[order]
+
+
+def fine_pass(step: Pass, group: Group, coarse: Found, prior: Tensor, y: Tensor, q: Tensor, old: Tensor) -> Fine:
+    """Pass 2: the children of significant coarse samples (sorted: in_order) with these orientation priors in the fine window."""
     grid, engine = step.grid, step.engine
     p = len(group.coarse_phases) if engine.strict else group.frame.inside
     y, q, coords, phases = y[:, :p], q[:, :p], group.frame.coords[:p], group.fine_phases[:p]
     with step.clock("thresholds"):
-        order = torch.argsort(coarse.orientation * len(y) + coarse.image, stable=True)
-        coarse, prior = coarse[order], log_orientation[order]
         distinct, orientation = torch.unique_consecutive(coarse.orientation, return_inverse=True)
         children = torch.arange(grid.children, device=distinct.device).repeat(len(distinct))
         slices = Slices(distinct.repeat_interleave(grid.children), children)

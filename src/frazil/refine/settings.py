@@ -17,7 +17,7 @@ def setting(default: Any, text: str, unit: str = "", level: str = "expert", **li
 class Settings(BaseModel):
     """Parameters that are no one's but the step's; none may be written to, none unknown."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class MatchParams(Settings):

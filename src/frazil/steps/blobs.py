@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from frazil.maths.masks import radii
+from frazil.maths.micrographs import blank_border, normalised
 from frazil.maths.peaks import highest_apart, local_maxima, refine_peaks
 from frazil.maths.tiling import WorkGrid, half_plane, on_micrograph, transform, work_grid
 from frazil.steps.pick import (
     Picks,
     PickSettings,
     ScoreMap,
-    blank_border,
     candidates,
     make_bank,
     match,
-    normalised,
     picking_grid,
     prepare,
     preview,

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from frazil.data import Images, Particles
+from frazil.data import Particles
 from frazil.maths.filters import lowpass_map
 from frazil.maths.fourier import resolution_shell
 from frazil.maths.fourier2d import hermitian_planes, images_from_planes
@@ -22,7 +22,7 @@ from frazil.maths.rotation import euler_to_matrix, matrix_to_euler
 from frazil.ops.insert import insert_
 from frazil.refine import gradient, planes
 from frazil.refine.classes import Reconstruction, class_shells
-from frazil.refine.convergence import after_changes, after_classification, changes, window_size
+from frazil.refine.convergence import after_classification, window_size
 from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Statistics
 from frazil.refine.sampling import Sampling
@@ -58,11 +58,23 @@ class Class2dParams(ClassifyParams):
     max_significant: int = setting(
         0, "most coarse samples a particle may take to the fine pass; 0: 1000 with em, 5 a class with vdam; -1: no limit", ge=-1
     )
-    psi_step: float = setting(12.0, "coarse step of the in-plane angle (half of it with one oversampling)", "degrees", "basic", gt=0, le=90)
+    psi_step: float = setting(12.0, "coarse step of the in-plane angle (half with one oversampling)", "degrees", "basic", ge=0.1, le=90)
     center_classes: bool = setting(True, "move every average's centre of mass to the centre of the box", level="basic")
-    inactivity_threshold: float = setting(
-        0.1, "vdam: a class with less than this part of particles / classes is replaced by a copy of the most active", ge=0, lt=1
+    explore: float = setting(
+        0.6, "em: part of the iterations in which the classes are held from taking one another's particles; 0: never, as RELION", ge=0, le=1
     )
+    inactivity_threshold: float = setting(
+        0.1, "vdam, and em while it explores: a class with less than this part of particles / classes starts anew from a large one",
+        ge=0, lt=1,
+    )  # fmt: skip
+
+    def exploring(self, iteration: int) -> bool:
+        """Whether this iteration of an em run takes half of the particles, all classes equally likely and filtered alike."""
+        return self.method == "em" and iteration <= min(self.explore * self.iterations, self.iterations - 1)
+
+    def reseed_threshold(self, iteration: int) -> float:
+        """While a run explores a class that holds hardly anything starts anew."""
+        return max(self.reseed_below, self.inactivity_threshold) if self.exploring(iteration) else self.reseed_below
 
     def sampling(self, pixel_size: float) -> Sampling:
         """The search grid, the same in every iteration."""
@@ -90,16 +102,23 @@ def _params(job: ClassifyJob) -> Class2dParams:
 def new_averages(job: ClassifyJob, state: ClassifyState, statistics: Statistics, tau2: Tensor) -> Reconstruction:
     """Averages of all classes, centred if asked for, where the present ones are."""
     model = state.model
-    made = planes.reconstruct_planes(statistics, tau2, model.box, job.engine, str(model.maps.device))
-    return replace(made, maps=centred(job, made.maps))
+    alike = job.params.exploring(state.progress.iteration)
+    made = planes.reconstruct_planes(statistics, tau2, model.box, job.engine, str(model.maps.device), alike=alike)
+    return replace(made, maps=centred(job, made.maps, model.pixel_size))
 
 
-def centred(job: ClassifyJob, maps: Tensor, unmoved: float = 0.0) -> Tensor:
-    """The averages (K, N, N) with their centres of mass in the middle, moved by whole pixels up to the offset range, zeros coming in."""
+def centred(job: ClassifyJob, maps: Tensor, pixel_size: float, unmoved: float = 0.0) -> Tensor:
+    """The averages (K, N, N) with their centres of mass in the middle, moved by whole pixels up to the offset range, zeros coming in.
+
+    What counts is the mask, or the particle's circle: in a crowded field the box beyond it holds neighbours, and the centre of mass of a
+    particle with one of them lies between the two.
+    """
     p = _params(job)
     if not p.center_classes:
         return maps
-    shift = planes.centre_offsets(maps, p.offset_range)
+    radius = p.diameter / (2 * pixel_size) if p.diameter > 0 else maps.shape[-1] / 2 - p.mask_edge
+    mask = planes.particle_circles(maps, radius) if job.mask is None else job.mask
+    shift = planes.centre_offsets(maps, p.offset_range, mask)
     shift[shift.double().norm(dim=-1) < unmoved] = 0
     return planes.moved(maps, shift)
 
@@ -195,16 +214,6 @@ def class2d(job: ClassifyJob, start: ClassifyState) -> Iterator[ClassifyState]:
         yield state
 
 
-class _Batch:
-    """The images of a mini-batch, by their number in it."""
-
-    def __init__(self, images: Images, members: Tensor) -> None:
-        self._images, self._members = images, members
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[self._members[index]]
-
-
 def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
     """One iteration of spec 5: a mini-batch in two pseudo-halves, a step of every average, running means of the parameters."""
     p, model = _params(job), state.model
@@ -223,14 +232,11 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
     progress = replace(state.progress, iteration=iteration, size=size, accuracy_rotation=best[0], accuracy_shift=best[1])
     progress = replace(progress, coarse_size=classify.coarse_size(job, sampling, model, size))
     before = replace(state, progress=progress, sampling=sampling, accuracy=accuracy)
-    halves, poses, seconds = expect_halves(job, before, members, volumes)
-    new = replace(state.poses, **{name: value.clone() for name, value in vars(state.poses).items()})
-    new.put_(members, poses)
-    q = state.particles
-    moved = changes(q.rotation[members], poses.rotation, q.shift[members], poses.shift, torch.eye(3, dtype=torch.float64)[None])
-    progress = after_changes(progress, *moved, sampling, float((poses.klass != state.poses.klass[members]).double().mean()))
-    particles = replace(q, rotation=new.rotation, shift=new.shift, norm=new.norm, klass=new.klass + 1)
-    after = replace(before, progress=progress, particles=particles, poses=new)
+    halves, poses, seconds, shrink = expect_halves(job, before, members, volumes)
+    new = state.poses.with_part(members, poses)
+    particles = replace(state.particles, rotation=new.rotation, shift=new.shift, norm=new.norm, klass=new.klass + 1)
+    progress = classify.after_step(progress, state, particles, sampling, members)
+    after = replace(before, progress=progress, particles=particles, poses=new, shrink=shrink)
     clock = Clock(job.engine.device)
     with clock("M-step"):
         after = descend(job, after, halves, particles[members], (plan, volumes))
@@ -239,19 +245,21 @@ def gradient_step(job: ClassifyJob, state: GradientState) -> GradientState:
 
 
 def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor, volumes: Tensor):
-    """E-step of the mini-batch's particles of even and of odd number apart: (two Statistics of residuals, Poses in order, seconds)."""
+    """E-step of the mini-batch's particles of either half apart: (two Statistics of residuals, Poses in order, seconds, shrink).
+
+    Halves of the whole set, at random: each process takes every so-manieth particle, so even and odd numbers would not do.
+    """
     residual = replace(job, engine=replace(job.engine, residual=True))
     statistics, seconds = [], {}
     poses = classify.Poses.empty(len(members))
     for h in (0, 1):
-        mine = torch.nonzero(members % 2 == h)[:, 0]
-        some = members[mine]
-        part = replace(residual, images=_Batch(job.images, some))
-        sums, found, clock = classify.expect(part, replace(state, particles=state.particles[some]), None, False, volumes)
+        mine = torch.nonzero(torch.isin(members, classify.half_of(len(state.particles), h, job.engine.seed)))[:, 0]
+        sums, found, clock, shrink = classify.expect(residual, state, None, False, volumes, members[mine])
+        state = replace(state, shrink=shrink)  # found once
         poses.put_(mine, found)
         statistics.append(sums)
         seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
-    return statistics, poses, seconds
+    return statistics, poses, seconds, state.shrink
 
 
 def descend(
@@ -277,7 +285,7 @@ def descend(
     if plan.between(progress.iteration) and (pair := gradient.inactive_class(found.pdf_class, power, p.inactivity_threshold)):
         maps, moments, found = revived(maps, moments, found, *pair)
     diameter = p.diameter / model.pixel_size if p.diameter > 0 else box
-    unmasked = centred(job, maps, max(UNMOVED[0] * diameter, UNMOVED[1]))
+    unmasked = centred(job, maps, model.pixel_size, max(UNMOVED[0] * diameter, UNMOVED[1]))
     # SSNR as the whole set would have it: the mini-batch's weights, times what it is of the set.
     weight = (sums[0][1] + sums[1][1]) * (len(state.particles) / max(1, len(batch)))
     ssnr = planes.data_vs_prior(weight, tau * tau2, engine.pad)

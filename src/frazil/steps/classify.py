@@ -6,6 +6,7 @@ the power of the map before. What depends on the dimension of the references is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from frazil.data import Images, Particles
-from frazil.maths.filters import lowpass_map, lowpass_weights
+from frazil.maths.filters import lowpass_map, lowpass_shell, lowpass_weights
 from frazil.maths.fourier import resolution_shell
 from frazil.maths.symmetry import operators
 from frazil.refine import settings
@@ -34,13 +35,14 @@ from frazil.refine.maximization import update_parameters
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import World, with_less_memory
 from frazil.refine.planner import keep_on_device
-from frazil.refine.residence import Resident
+from frazil.refine.residence import share
 from frazil.refine.sampling import Sampling, fixed_grid, make_grid
 from frazil.refine.search import reference_volumes
 from frazil.refine.settings import MatchParams, Settings, setting
 from frazil.refine.timing import Clock
 from frazil.refine.windows import Engine
 
+log = logging.getLogger("frazil.classify")
 UNKNOWN = 999.0  # an accuracy that was not estimated
 LEAST_SHARE = 0.01  # accuracies are estimated for classes with at least this share of the particles (spec 4.4)
 
@@ -74,6 +76,14 @@ class ClassifyParams(MatchParams, Start):
     def sampling(self, pixel_size: float) -> Sampling:
         """The search grid the run starts with."""
         raise NotImplementedError
+
+    def exploring(self, iteration: int) -> bool:
+        """Whether classes are held from taking one another's particles in this iteration (docs/steps/class2d.md)."""
+        return False
+
+    def reseed_threshold(self, iteration: int) -> float:
+        """The part of particles / classes below which a class starts anew after this iteration; 0: none does."""
+        return self.reseed_below
 
     def next_sampling(self, progress: Progress, last: Sampling, box: int, pixel_size: float) -> Sampling:
         """The search grid of iteration `progress.iteration` (without the perturbation) after `last`; by default always the first."""
@@ -123,6 +133,8 @@ class ClassifyState:
     emptied: tuple[int, ...] = ()  # classes that lost their last particle, or were seeded anew, in this iteration
     unmasked: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    shrink: int = 1  # batches are that much smaller than planned, since the device ran out of memory
+    maps_in_main: bool = False  # the M-step is made in main memory, since the device ran out of memory outside the batches
 
 
 def make_engine(params: ClassifyParams, **more: Any) -> Engine:
@@ -142,7 +154,7 @@ def initial_state(job: ClassifyJob, particles: Particles, references: Tensor, pi
         maps = maps[:1].expand(p.classes, *maps.shape[1:])
     sampling = p.sampling(pixel_size)
     noise = initial_noise(job.images, particles, (n, pixel_size), engine)
-    shell = resolution_shell(n, pixel_size, p.initial_lowpass)
+    shell = lowpass_shell(n, pixel_size, p.initial_lowpass)
     pdf = torch.full((p.classes,), 1 / p.classes, dtype=torch.float64)
     zero = torch.zeros(p.classes, n // 2 + 1, dtype=torch.float64)
     directions = make_grid(sampling).directions if not keeps_orientations(p) else 1
@@ -179,7 +191,22 @@ def classify(job: ClassifyJob, start: ClassifyState) -> Iterator[ClassifyState]:
 
 
 def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
-    """One iteration of spec 4.1."""
+    """One iteration of spec 4.1.
+
+    Batches that do not fit the device's memory are halved; where it runs out elsewhere the iteration begins again with maps and M-step
+    in main memory. Both are kept for the iterations after. Of several processes the others wait for this one: there it is an error.
+    """
+    try:
+        return _iterate(job, state)
+    except torch.OutOfMemoryError:
+        if state.maps_in_main or job.world.size > 1:
+            raise
+        log.warning("out of memory on %s: maps are kept and made in main memory from now on", job.engine.device)
+    torch.cuda.empty_cache()
+    return _iterate(job, replace(state, model=replace(state.model, maps=state.model.maps.cpu()), maps_in_main=True))
+
+
+def _iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     p, model = job.params, state.model
     iteration = state.progress.iteration + 1
     cc = iteration == 1 and p.firstiter_cc
@@ -199,25 +226,53 @@ def iterate(job: ClassifyJob, state: ClassifyState) -> ClassifyState:
     sampling = replace(p.next_sampling(progress, state.sampling, model.box, model.pixel_size), instance=state.sampling.instance)
     if not p.skip_align:
         sampling = sampling.perturbed(generator)
+    explore = p.exploring(iteration)
+    members = half_of(len(state.particles), iteration, job.engine.seed) if explore else None
     model = with_directions(model, sampling, p)
     progress = replace(progress, size=size, coarse_size=coarse_size(job, sampling, model, size))
     numbered = replace(state.particles, klass=at_live_classes(state.particles.klass - 1, live, model.classes) + 1)
-    before = replace(state, progress=progress, sampling=sampling, model=classes_of(model, live), particles=numbered, accuracy=accuracy)
+    alive = classes_of(model, live)
+    before = replace(
+        state, progress=progress, sampling=sampling, model=equally_likely(alive) if explore else alive, particles=numbered,
+        accuracy=accuracy,
+    )  # fmt: skip
     assigned = None if cc or state.assigned is None else at_live_classes(state.assigned, live, model.classes)
-    statistics, poses, seconds = expect(job, before, assigned, cc, volumes)
+    statistics, found, seconds, shrink = expect(job, before, assigned, cc, volumes, members)
     del volumes  # the M-step wants the memory
-    poses = replace(poses, klass=live[poses.klass])
-    moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(sampling.group))
-    progress = after_changes(progress, *moved, sampling, float((poses.klass != state.poses.klass).double().mean()))
+    if state.maps_in_main:
+        statistics = replace(statistics, data=statistics.data.cpu(), weight=statistics.weight.cpu())
+    poses = state.poses.with_part(members, replace(found, klass=live[found.klass]))
     particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
-    after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None)
+    progress = after_step(progress, state, particles, sampling, members)
+    after = replace(before, progress=progress, particles=particles, poses=poses, assigned=state.assigned if seeds else None, shrink=shrink)
     with clock("M-step"):
-        after = maximize(job, after, statistics, cc, tau2)
+        batch = particles if members is None else particles[members]
+        after = replace(maximize(job, replace(after, particles=batch), statistics, cc, tau2), particles=particles)
         full = copied(after.model, model.classes) if seeds else spread(after.model, live, model.classes)
         full = job.world.agree(full, but=("maps",) if job.form.each_its_own else ())
         after = replace(after, model=full, unmasked=all_unmasked(after.unmasked, live, full, seeds))
         after = reseeded(job, after, model.pdf_class, generator)
     return replace(after, seconds=clock.seconds | seconds)
+
+
+def half_of(n: int, iteration: int, seed: int) -> Tensor:
+    """Numbers of one half of n particles in odd iterations and of the other in even ones, the same halves throughout."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return (order[: n // 2] if iteration % 2 else order[n // 2 :]).sort().values
+
+
+def equally_likely(model: Model) -> Model:
+    """The model with classes, and directions, of equal prior probability."""
+    flat = torch.full_like(model.pdf_direction, 1 / model.pdf_direction.numel())
+    return replace(model, pdf_class=flat.sum(1), pdf_direction=flat)
+
+
+def after_step(progress: Progress, before: ClassifyState, after: Particles, sampling: Sampling, members: Tensor | None) -> Progress:
+    """The progress with what changed of the poses and classes of those particles that took part (members; None: all)."""
+    one, two = (q if members is None else q[members] for q in (before.particles, after))
+    klass = before.poses.klass if members is None else before.poses.klass[members]
+    moved = changes(one.rotation, two.rotation, one.shift, two.shift, operators(sampling.group))
+    return after_changes(progress, *moved, sampling, float((two.klass - 1 != klass).double().mean()))
 
 
 def accuracies(job: ClassifyJob, state: ClassifyState, size: int, cc: bool, references: tuple[Tensor, Tensor]) -> Tensor:
@@ -280,25 +335,20 @@ def at_live_classes(assigned: Tensor, live: Tensor, classes: int) -> Tensor:
     return place[assigned]  # -1 takes the last entry, which is -1
 
 
-class _Share:
-    """The images of one process's particles, by their number among them."""
-
-    def __init__(self, images: Images, mine: Tensor) -> None:
-        self._images, self._mine = images, mine
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[self._mine[index]]
-
-
 def expect(
-    job: ClassifyJob, state: ClassifyState, assigned: Tensor | None, cc: bool, volumes: Tensor | None = None
-) -> tuple[Statistics, Poses, dict[str, float]]:
-    """E-step of all particles with the state's model, sampling and sizes, shared out among the processes; volumes: the model's."""
-    p, world, progress, n = job.params, job.world, state.progress, len(state.particles)
-    mine, particles, images = world.share(n), state.particles, job.images
-    if world.size > 1:
-        particles = particles[mine]
-        images = images.share(mine) if isinstance(images, Resident) else _Share(images, mine)
+    job: ClassifyJob, state: ClassifyState, assigned: Tensor | None, cc: bool, volumes: Tensor | None = None,
+    members: Tensor | None = None,
+) -> tuple[Statistics, Poses, dict[str, float], int]:  # fmt: skip
+    """E-step of all particles, or of the `members` (n,) of them in that order, with the state's model, sampling and sizes, shared out
+    among the processes; volumes: the model's. Also how much smaller than planned its batches had to be.
+    """
+    p, world, progress = job.params, job.world, state.progress
+    n = len(state.particles) if members is None else len(members)
+    mine = world.share(n, members)
+    index = mine if members is None else members[mine]
+    particles, images = state.particles, job.images
+    if len(index) < len(particles):
+        particles, images = particles[index], share(images, index)
     if keeps_orientations(p):
         grid = fixed_grid(particles.rotation, None if p.skip_align else state.sampling)
     else:
@@ -308,12 +358,14 @@ def expect(
         return expectation(
             images, particles, state.model, grid, engine,
             (progress.size, progress.coarse_size), tick=lambda done: job.tick(done * world.size),
-            given=Given(None if assigned is None else assigned[mine], volumes),
+            given=Given(None if assigned is None else assigned[index], volumes),
         )  # fmt: skip
 
-    engine = replace(job.engine, cc=cc, subpixel=p.skip_align, strict=p.strict_highres is not None)
-    statistics, poses, seconds = with_less_memory(engine, work)
-    return world.total(statistics), world.gather(poses, n), seconds
+    engine = replace(
+        job.engine, cc=cc, subpixel=p.skip_align, strict=p.strict_highres is not None, shrink=max(job.engine.shrink, state.shrink)
+    )
+    (statistics, poses, seconds), shrink = with_less_memory(engine, work)
+    return world.total(statistics), world.gather(poses, n, members), seconds, shrink
 
 
 def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc: bool, tau2: Tensor) -> ClassifyState:
@@ -337,7 +389,7 @@ def maximize(job: ClassifyJob, state: ClassifyState, statistics: Statistics, cc:
         updated, maps=finished, tau2=tau2, data_vs_prior=ssnr, sigma2_map=made.sigma2_map,
         coverage=made.coverage,
     )  # fmt: skip
-    shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else int(class_shells(ssnr).max())
+    shell = lowpass_shell(box, pixel_size, p.initial_lowpass) if cc else int(class_shells(ssnr).max())
     progress = after_classification(replace(progress, ave_pmax=updated.ave_pmax), shell, box * pixel_size)
     return replace(state, progress=progress, model=updated, unmasked=maps if job.form.keep_unmasked else None)
 
@@ -348,11 +400,11 @@ def reseeded(job: ClassifyJob, state: ClassifyState, share_before: Tensor, gener
     The largest class's map is copied and its particles are split between the two at random for one iteration: two equal maps would
     stay equal for ever.
     """
-    p, model = job.params, state.model
+    p, model, threshold = job.params, state.model, job.params.reseed_threshold(state.progress.iteration)
     share = model.pdf_class.clone()
-    if p.reseed_below == 0 or state.progress.iteration == p.iterations or model.classes == 1:
+    if threshold == 0 or state.progress.iteration == p.iterations or model.classes == 1:
         return replace(state, emptied=tuple(torch.nonzero((share == 0) & (share_before > 0))[:, 0].tolist()))
-    poor = torch.nonzero(share < p.reseed_below / model.classes)[:, 0].tolist()
+    poor = torch.nonzero(share < threshold / model.classes)[:, 0].tolist()
     source = torch.arange(model.classes)
     klass, assigned = state.poses.klass.clone(), torch.full((len(state.particles),), -1, dtype=torch.int64)
     for k in poor:
@@ -369,5 +421,6 @@ def reseeded(job: ClassifyJob, state: ClassifyState, share_before: Tensor, gener
     flat = model.pdf_direction / model.pdf_direction.sum(1, keepdim=True).clamp(min=1e-300)
     share = share / share.sum()
     return replace(
-        state, model=replace(model, pdf_class=share, pdf_direction=share[:, None] * flat), assigned=assigned, emptied=tuple(poor)
+        state, model=replace(model, pdf_class=share, pdf_direction=share[:, None] * flat), assigned=assigned,
+        emptied=() if p.exploring(state.progress.iteration) else tuple(poor),
     )

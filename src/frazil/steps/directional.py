@@ -35,7 +35,7 @@ EXPERT: JsonDict = {"level": "expert"}
 class DirectionalParams(BaseModel):
     """Directional FSC of two half maps."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     cone: float = Field(20.0, gt=0, le=90, description="half angle of the cones of the directional FSC",
                         json_schema_extra={"unit": "degrees", **EXPERT})  # fmt: skip
 

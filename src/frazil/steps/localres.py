@@ -43,7 +43,7 @@ ANGSTROM: JsonDict = {"unit": "Å"}
 class LocalresParams(BaseModel):
     """Local resolution of two half maps, and the map filtered by it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     sampling: float = Field(20.0, gt=0, description="distance of the points where the resolution is measured", json_schema_extra=ANGSTROM)
     radius: float = Field(12.5, gt=0, description="radius of the window at each point", json_schema_extra={**ANGSTROM, **EXPERT})
     edge: float = Field(15.0, gt=0, description="width of the window's soft edge", json_schema_extra={**ANGSTROM, **EXPERT})

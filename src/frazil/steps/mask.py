@@ -34,7 +34,7 @@ Operation = Literal["and", "or", "and-not", "or-not"]
 class MaskParams(BaseModel):
     """A soft mask from a map, an atomic model or a sphere."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     lowpass: float = Field(15.0, ge=0, description="low-pass the map first; 0: not at all", json_schema_extra={"unit": "Å"})
     threshold: float | None = Field(None, description="density from which on a voxel is inside; proposed from mass or knee if not given")
     mass: float | None = Field(None, gt=0, description="molecular mass of all that is in the map", json_schema_extra={"unit": "kDa"})

@@ -177,7 +177,7 @@ def correct_motion(
     coefficients = _local_model(spread(patches_local[1], observed), patches_local[2], fit, settings, notes)
     spectrum, spectrum_pixel = None, 0.0
     if settings.spectrum_size:
-        transform = reduced.__getitem__ if shape == fine else lambda f: reduced_transform(source.one(f) * flat, fine)
+        transform = reduced.__getitem__ if shape == fine else lambda f: reduced_transform(source.one(f), fine, gain=flat)
         spectrum, spectrum_pixel = movie_spectrum(
             transform, track, observed, (height, width), optics.pixel_size, settings.spectrum_size, settings.dose
         )
@@ -234,10 +234,9 @@ def _reduced_shape(source: _Source, optics: Optics, settings: MotionSettings, sp
 def _reduce(source: _Source, flat: Tensor, shape: tuple[int, int]) -> Tensor:
     """(n, h, w//2+1) reduced transforms of the corrected frames."""
     out = empty_reduced((source.n,), shape, source.device)
-    values = torch.empty_like(flat)
     for start, part in source.chunks():
         for f, one in enumerate(part, start):
-            reduced_transform(values.copy_(one).mul_(flat), shape, out_=out[f])
+            reduced_transform(one, shape, gain=flat, out_=out[f])
     return out
 
 

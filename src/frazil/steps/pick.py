@@ -6,9 +6,12 @@ A: template, ⟨·⟩ = sum over the mask's pixels / their number, C = ⟨x A⟩
     D = ⟨A²⟩ − 2 (C − mu ⟨A⟩)/sigma,    R = exp(−D/2),    FOM = (R − 1)/(exp(⟨A²⟩/2) − 1)
 
 so FOM is 1 for the template itself, 0 where background is as likely. mu and sigma are of the unfiltered micrograph: FOM does not depend
-on the low-pass. `ncc`: correlation of template and micrograph under the mask over sqrt(S + median of S), S: the micrograph's sum of squares
-there. That is the correlation coefficient, in [−1, 1], brought down where contrast is low. At the edge of a micrograph sums go over what is
-visible. Best angle and template are found by ops.correlate on tiles (overlap-save), so memory is bounded.
+on the low-pass. Its noise does: in white noise it has the standard deviation 2/sqrt(n⟨A²⟩), n the micrograph's pixels under the mask,
+another one for every template and defocus. `z` is the sum in units of its noise, (C − mu ⟨A⟩)/sigma · sqrt(n/⟨A²⟩), the largest over
+templates and angles, less its median over the micrograph, over its spread there. `ncc`: correlation of template and micrograph under the
+mask over sqrt(S + median of S), S: the micrograph's sum of squares there. That is the correlation coefficient, in [−1, 1], brought down
+where contrast is low. At the edge of a micrograph sums go over what is visible. Best angle and template are found by ops.correlate on tiles
+(overlap-save), so memory is bounded.
 """
 from __future__ import annotations
 
@@ -22,18 +25,27 @@ from torch import Tensor
 from frazil.data import Optics
 from frazil.maths.ctf import ctf
 from frazil.maths.masks import soft_edge
+from frazil.maths.micrographs import blank_border, normalised
 from frazil.maths.peaks import local_maxima, refine_peaks, thinned
-from frazil.maths.templates import is_round, lowpass_templates, mask_templates, template_reach, turned_templates
+from frazil.maths.templates import (
+    is_round,
+    kernel_disc,
+    lowpass_templates,
+    mask_templates,
+    standardised,
+    template_reach,
+    turned_templates,
+)
 from frazil.maths.tiling import Tiling, WorkGrid, frequencies, half_plane, joined, on_micrograph, tile_axis, tiles_ft, transform, work_grid
 from frazil.ops.correlate import correlate_max_
 
-CLIP = 8.0  # standard deviations beyond which a pixel is dust and becomes 0
 OVERSAMPLED = 1.5  # samples of the work grid over what the low-pass needs (docs/steps/pick.md: recall against this)
 RING = 1.4  # outer radius of the ring of local statistics, of the particle's radius
 LONGEST_TILE = {"cpu": 400, "cuda": 1200}  # work pixels: on a CPU a batch of transforms should stay in the cache
 CTF_POINTS = 1 << 21  # evaluated at a time
+SAMPLE = 1 << 16  # places from which the usual z of a micrograph is taken
+QUARTILES = 1.349  # their distance in a normal distribution of standard deviation 1
 STATS_FLOOR = 1e-3  # sigma below this is a dead area
-REPEATED = 0.2  # of the usual change from line to line: below, a line is a copy
 MANY = 50_000  # maxima of a score map
 PREVIEW = 1024  # px, longest side of a picture
 
@@ -45,7 +57,7 @@ class PickSettings:
     diameter: float  # of the mask around a particle
     lowpass: float = 20.0  # 0: none
     angular_step: float = 5.0  # degrees
-    score: str = "fom"  # or "ncc"
+    score: str = "fom"  # or "z" or "ncc"
     invert: bool = True  # particles are dark in the micrographs
     intact_first_peak: bool = False  # CTF is 1 up to its first maximum
     cache_bytes: int = 1 << 30  # memory for transforms of turned templates
@@ -92,7 +104,8 @@ class Bank:
     def kernels(self, template: int, psi: Tensor) -> Tensor:
         """(r, 2h+1, 2h+1) turned templates; for ncc of weighted mean 0 and norm 1 under the mask."""
         turned = turned_templates(self.masked[template : template + 1], self.pixel_size, self.grid.work_pixel, psi, self.reach)[0]
-        return _standardised(turned, _disc(self.reach, self.settings.diameter / self.grid.work_pixel, turned)) if self.is_ncc else turned
+        disc = kernel_disc(self.reach, self.settings.diameter / self.grid.work_pixel, turned)
+        return standardised(turned, disc) if self.is_ncc else turned
 
     @property
     def is_ncc(self) -> bool:
@@ -108,7 +121,7 @@ class Prepared:
     mu: Tensor  # (h, w) local mean
     sigma: Tensor  # (h, w) local standard deviation
     ctf2: Tensor  # (shells,) mean CTF² on the bank's shells
-    ctf0: float  # CTF at k = 0
+    ctf0: Tensor  # () CTF at k = 0; on the device, which nothing waits for
     border: tuple[float, float, float, float]  # px at top, bottom, left, right that hold nothing new
     preview: Tensor | None = None  # (h', w') float16, low-passed micrograph as it is, for pictures
 
@@ -118,7 +131,7 @@ class ScoreMap:
     """What template matching gives for a micrograph, on its work grid (h, w)."""
 
     grid: WorkGrid
-    value: Tensor  # FOM or ncc of the best template and angle
+    value: Tensor  # FOM, z or ncc of the best template and angle
     psi: Tensor  # degrees
     template: Tensor  # int16, from 0
     mu: Tensor
@@ -196,13 +209,12 @@ def prepare(
     sigma = (power - mu.square()).clamp(min=0).sqrt()
     del squares, power
     ctf2 = torch.ones(bank.power.shape[-1], device=x.device)
-    ctf0 = 1.0
+    ctf0 = ctf2[0]
     if optics is not None and defocus is not None:
         mode = "intact_first_peak" if bank.settings.intact_first_peak else "normal"
         optics = replace(optics, pixel_size=grid.pixel_size)
         _multiply_ctf_(ft, grid, lambda k: _ctf(k, optics, defocus, phase_shift, mode))
-        ctf2 = _mean_ctf2(bank, optics, defocus, phase_shift, mode)
-        ctf0 = float(_ctf(torch.zeros(1, 2), optics, defocus, phase_shift, mode))
+        ctf2, ctf0 = _ctf_of_shells(bank, optics, defocus, phase_shift, mode)
     if bank.settings.lowpass > 2 * grid.pixel_size:
         ft *= half_plane(grid, x.device) <= bank.settings.lowpass**-2
     image = on_micrograph(torch.fft.irfft2(ft, s=grid.size), grid).contiguous()
@@ -210,70 +222,56 @@ def prepare(
     return Prepared(image, mu, sigma, ctf2, ctf0, blank_border(micrograph), shown)
 
 
-def as_float(micrograph: Tensor) -> Tensor:
-    """float32 of pixels of any type; unsigned 16-bit ones by way of signed ones, which every device converts."""
-    if micrograph.dtype == torch.uint16:
-        return micrograph.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF).float()
-    return micrograph.float()
-
-
-def normalised(micrograph: Tensor, invert: bool) -> Tensor:
-    """(y, x) float32, a new tensor: mean 0, standard deviation 1, contrast inverted where asked; dust and what is not finite is 0."""
-    x = as_float(micrograph) if micrograph.dtype != torch.float32 else micrograph.clone()
-    deviation, mean = torch.std_mean(x)
-    if not bool(torch.isfinite(deviation)):
-        x = torch.where(torch.isfinite(x), x, x[torch.isfinite(x)].mean())
-        deviation, mean = torch.std_mean(x)
-    x.sub_(mean).mul_((-1.0 if invert else 1.0) / deviation.clamp(min=1e-30))
-    return torch.where(x.abs() <= CLIP, x, torch.zeros((), device=x.device))
-
-
-def blank_border(micrograph: Tensor) -> tuple[float, float, float, float]:
-    """Rows at the top and bottom, columns at the left and right that repeat their neighbours (motion correction fills up so); 0 where none.
-
-    A line is a copy if its mean difference to the next is below a fifth of the usual one. A quarter of a side is looked at.
-    """
-    widths = []
-    x = as_float(micrograph)
-    for change in ((x[1:] - x[:-1]).abs().mean(1), (x[:, 1:] - x[:, :-1]).abs().mean(0)):
-        copies = change < REPEATED * change.median()
-        number = torch.arange(1, len(change) // 4 + 1, device=x.device)
-        for part in (copies, copies.flip(0)):
-            part = part[: len(number)]
-            widths.append(torch.where(part.sum() >= 3, (part * number).amax() + 2, torch.zeros_like(part.sum())))
-    top, bottom, left, right = torch.stack(widths).double().tolist()
-    return top, bottom, left, right
-
-
 def match(prepared: Prepared, bank: Bank) -> ScoreMap:
-    """Score of the best template and angle at every work pixel: the most probable ones (largest R), or of the largest ncc."""
+    """Score of the best template and angle at every work pixel: the most probable ones (largest R), or of the largest z or ncc."""
     tiles = tiles_ft(prepared.image, bank.tiles, bank.reach)
     shape = (len(tiles), bank.tiles[0].size, bank.tiles[1].size)
     h, w = prepared.image.shape
-    likelihood, value = (torch.full((h, w), -torch.inf, device=bank.device) for _ in range(2))
+    squares = (bank.power * prepared.ctf2).sum(-1)  # ⟨A²⟩ of whole templates
+    strength = torch.full((h, w), -torch.inf, device=bank.device)
     angle, template = (torch.zeros(h, w, dtype=torch.int16, device=bank.device) for _ in range(2))
-    footprint = _footprint_deviation(prepared, bank) if bank.is_ncc else None
     for t in range(len(bank.masked)):
         best = torch.full(shape, -torch.inf, device=bank.device)
         index = torch.zeros(shape, dtype=torch.int16, device=bank.device)
         for first, references in bank.references(t):
             correlate_max_(tiles, references, shape[2], best, index, first=first)
-        found = joined(best, bank.tiles, h, w)
-        score, ratio = (found / footprint,) * 2 if footprint is not None else figure_of_merit(found, t, prepared, bank)
-        better = ratio > likelihood  # FOM itself would prefer the weaker of two templates at a strong particle
-        likelihood = torch.where(better, ratio, likelihood)
-        value = torch.where(better, score, value)
+        found = _strength(joined(best, bank.tiles, h, w), t, squares[t] * bank.disc_share, prepared, bank)
+        better = found > strength
+        strength = torch.where(better, found, strength)
         angle = torch.where(better, joined(index, bank.tiles, h, w), angle)
         template = torch.where(better, torch.full_like(template, t), template)
+    match bank.settings.score:
+        case "ncc":
+            value = strength / _footprint_deviation(prepared, bank)
+        case "z":
+            value = _above_usual(strength)
+        case _:
+            value = torch.expm1(strength) / torch.expm1(0.5 * squares[template.long()] * bank.disc_share)
     psi = bank.psi[angle.long()].float()
     return ScoreMap(bank.grid, value, psi, template, prepared.mu, prepared.sigma, prepared.border)
 
 
-def figure_of_merit(sums: Tensor, template: int, prepared: Prepared, bank: Bank) -> tuple[Tensor, Tensor]:
-    """(h, w) FOM and log R of Σ x A at each place."""
-    square = (bank.power[template] * prepared.ctf2).sum() * bank.disc_share
-    ratio = _gain(sums, template, prepared, bank) - 0.5 * square
-    return torch.expm1(ratio) / torch.expm1(0.5 * square), ratio
+def _strength(sums: Tensor, template: int, square: Tensor, prepared: Prepared, bank: Bank) -> Tensor:
+    """(h, w) by what templates compete for a place, of Σ x A and ⟨A²⟩ there: log R, standard deviations of white noise, or the sum itself.
+
+    FOM itself would prefer the weaker of two templates at a strong particle.
+    """
+    if bank.is_ncc:
+        return sums
+    gain = _gain(sums, template, prepared, bank)
+    pixels = bank.n_mask / (bank.grid.scale[0] * bank.grid.scale[1])  # of the micrograph: its noise is 1 in those
+    return gain * (pixels / square).sqrt() if bank.settings.score == "z" else gain - 0.5 * square
+
+
+def _above_usual(strength: Tensor) -> Tensor:
+    """(h, w) less the median, over the standard deviation that the quartiles tell (of about SAMPLE places).
+
+    Coloured noise, ice and a far defocus make all of a micrograph's maxima higher: one threshold must serve a whole set.
+    """
+    step = max(1, math.isqrt(strength.numel() // SAMPLE))
+    sample = strength[::step, ::step].flatten().sort().values
+    low, middle, high = (sample[round(share * (len(sample) - 1))] for share in (0.25, 0.5, 0.75))
+    return (strength - middle) * (QUARTILES / (high - low).clamp(min=1e-6))
 
 
 def _gain(sums: Tensor, template: int, prepared: Prepared, bank: Bank) -> Tensor:
@@ -374,29 +372,18 @@ def _multiply_ctf_(ft: Tensor, grid: WorkGrid, value: Callable[[Tensor], Tensor]
 
 def _ctf(k: Tensor, optics: Optics, defocus: Tensor, phase_shift: float, mode: str) -> Tensor:
     """(p,) float32 CTF at k (p, 2)."""
-    one = torch.ones(1, dtype=torch.float64, device=k.device)
-    return ctf(k, defocus.to(k)[None], phase_shift * one, 0 * one, one, optics, mode=mode, dtype=torch.float32)[0]
+    one = torch.ones(1, dtype=torch.float64)  # not on the device: ctf looks at B-factor and scale, which would wait for all work there
+    phase = torch.full((1,), phase_shift, dtype=torch.float64, device=k.device)
+    return ctf(k, defocus.to(k)[None], phase, 0 * one, one, optics, mode=mode, dtype=torch.float32)[0]
 
 
-def _mean_ctf2(bank: Bank, optics: Optics, defocus: Tensor, phase_shift: float, mode: str) -> Tensor:
-    """(shells,) CTF² on the bank's shells, averaged over 16 directions of half a plane."""
+def _ctf_of_shells(bank: Bank, optics: Optics, defocus: Tensor, phase_shift: float, mode: str) -> tuple[Tensor, Tensor]:
+    """(shells,) CTF² on the bank's shells, averaged over 16 directions of half a plane, and the CTF at k = 0."""
     r = torch.arange(bank.power.shape[-1], device=bank.device, dtype=torch.float64) * bank.shell
     turn = torch.arange(16, device=bank.device, dtype=torch.float64) * (math.pi / 16)
     k = torch.stack([r * turn.cos()[:, None], r * turn.sin()[:, None]], -1)
-    return _ctf(k.reshape(-1, 2), optics, defocus, phase_shift, mode).square().reshape(16, -1).mean(0)
-
-
-def _disc(reach: int, diameter_px: float, like: Tensor) -> Tensor:
-    """(2h+1, 2h+1) the particle's disc, one pixel soft."""
-    line = torch.arange(-reach, reach + 1, device=like.device, dtype=like.dtype)
-    return soft_edge((line[:, None].square() + line.square()).sqrt(), 0.5 * diameter_px - 0.5, 1.0)
-
-
-def _standardised(kernels: Tensor, disc: Tensor) -> Tensor:
-    """disc · (A − mean) / sqrt(Σ disc (A − mean)²): its product with an image is the coefficient times the image's own root sum."""
-    mean = (kernels * disc).sum((-2, -1), keepdim=True) / disc.sum()
-    centred = kernels - mean
-    return centred * disc / (disc * centred.square()).sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
+    values = _ctf(k.reshape(-1, 2), optics, defocus, phase_shift, mode)
+    return values.square().reshape(16, -1).mean(0), values[0]
 
 
 def _ring(grid: WorkGrid, diameter: float, device: torch.device, disc: bool = False) -> Tensor:

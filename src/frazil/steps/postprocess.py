@@ -39,7 +39,7 @@ ANGSTROM: JsonDict = {"unit": "Å"}
 class PostprocessParams(BaseModel):
     """Corrected FSC, resolution, sharpened map of two half maps."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     b_factor: float | None = Field(None, description="sharpen by this B-factor (negative sharpens) instead of the fitted one",
                                    json_schema_extra={"unit": "Å²"})  # fmt: skip
     fit_from: float = Field(10.0, gt=0, description="lowest resolution of the B-factor fit", json_schema_extra=ANGSTROM)

@@ -27,7 +27,7 @@ BATCH_PIXELS = 1 << 23  # pixels of images worked on at a time
 class ReconstructParams(BaseModel):
     """Reconstruct a map from particles with known poses."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     symmetry: str = Field("C1", description="point group of the particle: Cn, Dn, T, O, I, I1 to I4")
     max_resolution: float = Field(0.0, ge=0, description="leave out what is finer; 0: go to Nyquist", json_schema_extra={"unit": "Å"})

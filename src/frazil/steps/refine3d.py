@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from frazil.data import Images, Particles, Volume
-from frazil.maths.filters import lowpass_map, lowpass_weights
-from frazil.maths.fourier import resolution_shell
+from frazil.maths.filters import lowpass_map, lowpass_shell, lowpass_weights
 from frazil.maths.fsc import corrected_fsc
 from frazil.maths.symmetry import operators
 from frazil.refine import maximization as m_step
@@ -36,6 +35,7 @@ from frazil.refine.expectation import expectation
 from frazil.refine.initial import initial_noise, split_halves
 from frazil.refine.model import Model, Poses, Statistics
 from frazil.refine.parallel import with_less_memory
+from frazil.refine.residence import share
 from frazil.refine.sampling import Grid, Sampling, make_grid
 from frazil.refine.settings import MatchParams, Settings, setting
 from frazil.refine.windows import Engine
@@ -88,6 +88,7 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)
     joined: Model | None = None  # the final map and its spectra
     unfiltered: tuple[Tensor, Tensor] | None = None  # final half maps, unregularised, independent at all resolutions
+    shrink: int = 1  # batches are that much smaller than planned, since the device ran out of memory
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def initial_state(job: Job, particles: Particles, reference: Volume) -> State:
         pdf_direction=torch.full((1, directions), 1 / directions, dtype=torch.float64), tau2=shells, data_vs_prior=shells.clone(),
         fsc=shells[0].clone(), sigma2_map=shells.clone(), coverage=shells.clone(),
     )  # fmt: skip
-    start = Progress(iteration=0, shell=resolution_shell(n, reference.pixel_size, p.initial_lowpass))
+    start = Progress(iteration=0, shell=lowpass_shell(n, reference.pixel_size, p.initial_lowpass))
     poses = replace(Poses.empty(len(particles)), rotation=particles.rotation, shift=particles.shift, norm=particles.norm)
     return State(start, sampling, (model, model), particles, poses)
 
@@ -160,13 +161,12 @@ def iterate(job: Job, state: State) -> State:
     coarse = coarse_window(sampling, box, pixel_size, p.diameter, size)
     sampling = sampling.perturbed(generator)
     progress = replace(progress, iteration=iteration, size=size, coarse_size=coarse, converged=last)
-    statistics, poses, seconds = expect(job, state.particles, models, make_grid(sampling), (size, coarse), cc)
+    statistics, poses, seconds, shrink = expect(job, state.particles, models, make_grid(sampling), (size, coarse), cc, state.shrink)
     moved = changes(state.particles.rotation, poses.rotation, state.particles.shift, poses.shift, operators(p.symmetry))
     progress = after_changes(progress, *moved, sampling)
     particles = replace(state.particles, rotation=poses.rotation, shift=poses.shift, norm=poses.norm, klass=poses.klass + 1)
-    return maximize(
-        job, replace(state, progress=progress, sampling=sampling, particles=particles, poses=poses, seconds=seconds), models, statistics, cc
-    )
+    after = replace(state, progress=progress, sampling=sampling, particles=particles, poses=poses, seconds=seconds, shrink=shrink)
+    return maximize(job, after, models, statistics, cc)
 
 
 def accuracies(job: Job, state: State, size: int, generator: torch.Generator) -> dict[str, float]:
@@ -185,35 +185,28 @@ def with_uniform_directions(model: Model, sampling: Sampling) -> Model:
     return replace(model, pdf_direction=model.pdf_class[:, None] * torch.full((1, n), 1 / n, dtype=torch.float64))
 
 
-class _Half:
-    """The images of one half set, by their number in it."""
-
-    def __init__(self, images: Images, members: Tensor) -> None:
-        self._images, self._members = images, members
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[self._members[index]]
-
-
 def expect(
-    job: Job, particles: Particles, models: tuple[Model, Model], grid: Grid, sizes: tuple[int, int], cc: bool
-) -> tuple[list[Statistics], Poses, dict[str, float]]:
-    """E-step of both halves. Sums wait in host memory where two pairs of volumes do not fit the device's budget."""
+    job: Job, particles: Particles, models: tuple[Model, Model], grid: Grid, sizes: tuple[int, int], cc: bool, shrink: int = 1
+) -> tuple[list[Statistics], Poses, dict[str, float], int]:
+    """E-step of both halves; sums wait in host memory where two pairs of volumes do not fit the device's budget.
+
+    shrink, given and returned: how much smaller than planned the batches are, since the device ran out of memory.
+    """
     poses, seconds, statistics, before = Poses.empty(len(particles)), {}, [], 0
     for h in (1, 2):
         members = torch.nonzero(particles.half == h)[:, 0]
         tick = lambda done, before=before: job.tick(before + done)  # noqa: E731
-        images, some = _Half(job.images, members), particles[members]
+        images, some = share(job.images, members), particles[members]
 
         def work(engine: Engine, images=images, some=some, model=models[h - 1], tick=tick):
             return parked(engine, *expectation(images, some, model, grid, replace(engine, cc=cc), sizes, tick=tick))
 
-        sums, part, clock = with_less_memory(job.engine, work)
+        (sums, part, clock), shrink = with_less_memory(replace(job.engine, shrink=max(shrink, job.engine.shrink)), work)
         poses.put_(members, part)
         statistics.append(sums)
         seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
         before += len(members)
-    return statistics, poses, seconds
+    return statistics, poses, seconds, shrink
 
 
 def parked(engine: Engine, s: Statistics, *rest: Any) -> tuple[Statistics, Any, Any]:
@@ -262,7 +255,7 @@ def maximize(job: Job, state: State, models: tuple[Model, ...], statistics: list
     maps = [new_map(job, model, d.to(where), w.to(where), fsc, cc, joined=False) for model, (d, w) in zip(updated, sums, strict=True)]
     if joined is None:
         ssnr = maps[0].data_vs_prior[0]
-    initial_shell = resolution_shell(box, pixel_size, p.initial_lowpass) if cc else None
+    initial_shell = lowpass_shell(box, pixel_size, p.initial_lowpass) if cc else None
     progress = after_maximization(progress, fsc, ssnr, box, pixel_size, initial_shell)
     return replace(state, progress=progress, models=(maps[0], maps[1]), joined=joined, unfiltered=unfiltered)
 

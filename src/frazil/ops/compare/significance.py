@@ -8,6 +8,8 @@ from torch import Tensor
 
 from frazil.ops.dispatch import pick
 
+NEAR = 40.0  # nats below an image's best within which entries are counted one by one
+
 
 @dataclass(frozen=True)
 class Significant:
@@ -60,18 +62,17 @@ def _on_cpu(image: Tensor, value: Tensor, rest: Tensor, fraction: float, limit: 
 
 
 def _on_device(image: Tensor, value: Tensor, rest: Tensor, fraction: float, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By torch operations: entries near enough to count are sorted by (image, −value), then summed."""
+    """By torch operations: entries near enough to count are sorted by image and value, then summed."""
     n, shifts = len(rest), max(1, value.shape[1])
-    flat = value.reshape(-1)
-    owner = image.repeat_interleave(shifts)
+    flat, nobody = value.reshape(-1), value.numel()
+    owner = image.repeat_interleave(shifts) if shifts > 1 else image
     top = flat.new_full((n,), -torch.inf).scatter_reduce_(0, owner, flat, "amax")
-    nobody = len(flat)
-    first = (flat == top[owner]) & ~flat.isneginf()
-    place = torch.arange(len(flat), device=flat.device).masked_fill(~first, nobody)
+    high = top.masked_fill(top.isneginf(), torch.inf)[owner]  # nothing comes near that: an image without entries has none
+    place = torch.arange(nobody, device=flat.device).masked_fill(flat != high, nobody)
     best = torch.full((n,), nobody, device=flat.device).scatter_reduce_(0, owner, place, "amin")
-    near = ((flat >= top[owner] - 40) & ~flat.isneginf()).nonzero()[:, 0]
-    near = near[torch.argsort(flat[near], descending=True, stable=True)]
-    near = near[torch.argsort(owner[near], stable=True)]
+    near = (flat >= high - NEAR).nonzero()[:, 0]
+    # One sort by image, then by how far below its best: those are less than NEAR, and exact to 1e-8.
+    near = near[torch.argsort(owner[near].double() * (2 * NEAR) + (high - flat)[near].double(), stable=True)]
     whose = owner[near]
     weight = (flat[near].double() - top[whose].double()).exp()
     total = rest.clone().index_add_(0, whose, weight)
@@ -82,9 +83,7 @@ def _on_device(image: Tensor, value: Tensor, rest: Tensor, fraction: float, limi
     chosen = before < fraction * total[whose] * (1 - 1e-12)  # the running sum over all images is only that exact
     theta = top.double().masked_fill(count == 0, torch.inf)
     theta = theta.scatter_reduce(0, whose, flat[near].double().masked_fill(~chosen, torch.inf), "amin")
-    if fraction >= 1:
-        theta = torch.full_like(theta, -torch.inf)
-    keep = (flat >= theta[owner]) & ~flat.isneginf()
+    keep = flat >= theta[owner] if fraction < 1 else flat > -torch.inf
     if limit >= 0 and int(torch.zeros_like(count).index_add_(0, owner, keep.long()).max() if n else 0) > limit:
         listed = keep.nonzero()[:, 0]
         listed = listed[torch.argsort(flat[listed], descending=True, stable=True)]

@@ -119,12 +119,20 @@ def _tile_best(even, odd, prior, norm, shift, best, shifts, h, BLOCK: tl.constex
 
 
 @triton.jit
+def _row_best(best, row, tiles, PLACES: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    """The best of a row's tiles of both mates, read at once: most rows hold nothing that matters, and end here."""
+    place = tl.arange(0, PLACES)
+    return tl.max(tl.load(best + row * 2 * tiles + place, mask=place < 2 * tiles, other=float("-inf")), 0)
+
+
+@triton.jit
 def _histogram(even, odd, prior, norm, shift, best, top, hist, depth, shifts, h, tiles,  # noqa: ANN001, ANN202
-               BLOCK: tl.constexpr, N: tl.constexpr):  # noqa: N803
+               BLOCK: tl.constexpr, N: tl.constexpr, PLACES: tl.constexpr):  # noqa: N803
     """hist[image, (top − L)·N/depth] counts the hypotheses above top − depth. A program a row; most look at its tiles' best only."""
     row = tl.program_id(0).to(tl.int64)
     high = tl.load(top + row // shifts)
-    for place in range(2 * tiles):
+    found = _row_best(best, row, tiles, PLACES)
+    for place in range(tl.where(found >= high - depth, 2 * tiles, 0)):
         if tl.load(best + row * 2 * tiles + place) >= high - depth:
             j = (place % tiles) * BLOCK + tl.arange(0, BLOCK)
             v = _values(even, odd, prior, norm, shift, row, place // tiles, j, j < h, shifts, h)
@@ -137,12 +145,13 @@ def _histogram(even, odd, prior, norm, shift, best, top, hist, depth, shifts, h,
 
 
 @triton.jit
-def _count(even, odd, prior, norm, shift, best, floor, count, shifts, h, tiles, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+def _count(even, odd, prior, norm, shift, best, floor, count, shifts, h, tiles,  # noqa: ANN001, ANN202
+           BLOCK: tl.constexpr, PLACES: tl.constexpr):  # noqa: N803
     """count[row] of hypotheses of both mates with L ≥ floor of their image."""
     row = tl.program_id(0).to(tl.int64)
     low = tl.load(floor + row // shifts)
     total = 0
-    for place in range(2 * tiles):
+    for place in range(tl.where(_row_best(best, row, tiles, PLACES) >= low, 2 * tiles, 0)):
         if tl.load(best + row * 2 * tiles + place) >= low:
             j = (place % tiles) * BLOCK + tl.arange(0, BLOCK)
             v = _values(even, odd, prior, norm, shift, row, place // tiles, j, j < h, shifts, h)
@@ -152,11 +161,11 @@ def _count(even, odd, prior, norm, shift, best, floor, count, shifts, h, tiles, 
 
 @triton.jit
 def _list(even, odd, prior, norm, shift, best, floor, start, flat, value, shifts, h, tiles,  # noqa: ANN001, ANN202
-          BLOCK: tl.constexpr):  # noqa: N803
+          BLOCK: tl.constexpr, PLACES: tl.constexpr):  # noqa: N803
     """Write flat = (row·2 + mate)·h + index, and L, of the counted hypotheses."""
     row = tl.program_id(0).to(tl.int64)
     low, at = tl.load(floor + row // shifts), tl.load(start + row)
-    for place in range(2 * tiles):
+    for place in range(tl.where(_row_best(best, row, tiles, PLACES) >= low, 2 * tiles, 0)):
         if tl.load(best + row * 2 * tiles + place) >= low:
             mate = place // tiles
             j = (place % tiles) * BLOCK + tl.arange(0, BLOCK)
@@ -210,7 +219,8 @@ def _floors(given: tuple, tiles: Tensor, depth: float, fraction: float, most: in
         return top, torch.where(top.isneginf(), torch.inf, top if cc else top - depth), left_out
     hist, floor = torch.zeros(n, BINS, dtype=torch.int32, device=top.device), torch.empty_like(top)
     high = torch.where(top.isneginf(), torch.inf, top)  # nothing comes near that: an image without hypotheses is passed over
-    _histogram[(n * shifts,)](*given, tiles, high, hist, depth, shifts, h, tiles.shape[3], BLOCK=TILE, N=BINS)
+    places = triton.next_power_of_2(2 * tiles.shape[3])
+    _histogram[(n * shifts,)](*given, tiles, high, hist, depth, shifts, h, tiles.shape[3], BLOCK=TILE, N=BINS, PLACES=places)
     _floor[(n,)](hist, top, floor, left_out, float(depth), 1 - fraction, min(most, (1 << 31) - 1), N=BINS)
     return top, floor, left_out
 
@@ -251,12 +261,13 @@ def candidates(slices: Tensor, images: Tensor, power: Tensor, phases: Tensor, lo
         _tile_best[(n, grid[1])](*given, tiles, shifts, h, BLOCK=TILE)
         best[part], floor, left_out[part] = _floors(given, tiles, depth, fraction, most, cc)
         count = torch.empty(n * shifts, dtype=torch.int32, device=device)
-        _count[grid[:1]](*given, tiles, floor, count, shifts, h, grid[1], BLOCK=TILE)
+        places = triton.next_power_of_2(2 * grid[1])
+        _count[grid[:1]](*given, tiles, floor, count, shifts, h, grid[1], BLOCK=TILE, PLACES=places)
         end = count.cumsum(0, dtype=torch.int64)
         flat = torch.empty(int(end[-1]), dtype=torch.int64, device=device)
         value = power.new_empty(len(flat))
         if len(flat):
-            _list[grid[:1]](*given, tiles, floor, end - count, flat, value, shifts, h, grid[1], BLOCK=TILE)
+            _list[grid[:1]](*given, tiles, floor, end - count, flat, value, shifts, h, grid[1], BLOCK=TILE, PLACES=places)
         image = flat // (2 * h * shifts)
         if cc:  # of equals the first
             once = torch.ones_like(image, dtype=torch.bool)
