@@ -20,6 +20,8 @@ from frazil.jobs.class2d import Params, first_look
 from frazil.jobs.class_report import class_report
 from frazil.jobs.class_sheet import last_stack, plot_averages
 from frazil.jobs.classify_files import read_classification, seeded_anew
+from frazil.jobs.record import read_json
+from frazil.jobs.run import Options, Run
 from frazil.maths.masks import soft_circle
 from frazil.simulate.averages import agreement, particles_of, pictures
 
@@ -74,6 +76,11 @@ def gradients(data: Path) -> Path:
     out = data / "gradients"
     assert main(command(data, out, "--method", "vdam", "--write-every", 1)) == 0
     return out
+
+
+def asked(folder: Path) -> Run:
+    """A run that has not begun, with no options but where it is."""
+    return Run("class2d", Params(), Options(output=folder / "asked", device="cpu"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -176,21 +183,34 @@ class TestGoingOn:
         start[-2] = str(tmp_path / "third")
         assert "`frazil class2d` continues it" in refused(capsys, ["class3d", *start[1:]])
 
+    def test_continue_without_options_repeats_what_the_run_did_next(self, data, tmp_path, monkeypatch):
+        """Also with settings that RELION has no label for, and the seed."""
+        monkeypatch.chdir(data)
+        own = ("--mask-edge", 3.5, "--reseed-below", 0.3, "--initial-lowpass", 30, "--firstiter-cc", "--seed", 8)
+        assert main(command(data, tmp_path / "run", *own)) == 0
+        for n in (0, 2):
+            words = ["class2d", "--continue", tmp_path / "run" / f"run_it{n:03d}_optimiser.star", "--output", tmp_path / f"more{n}"]
+            assert main([str(w) for w in [*words, "--device", "cpu", "--threads", 1, "--quiet"]]) == 0
+            a, b = (read_stack(run / f"run_it{LAST:03d}_classes.mrcs") for run in (tmp_path / f"more{n}", tmp_path / "run"))
+            assert float((a - b).norm() / b.norm()) < 2e-3  # to the digits of the STAR files
+            used = read_json(tmp_path / f"more{n}" / "job.json")
+            assert used["parameters"]["mask_edge"] == 3.5 and used["parameters"]["iterations"] == LAST and used["seed"] == 8
+
     def test_how_long_a_run_explores_is_in_its_files_and_relions_do_not(self, data, finished, tmp_path, monkeypatch):
         monkeypatch.chdir(data)
         path = finished / "run_it001_optimiser.star"
-        assert first_look(Params(continue_=path))[1].explore == Params().explore > 0
+        assert first_look(asked(tmp_path), Params(continue_=path))[1].explore == Params().explore > 0
         blocks = read_star(path)
         del blocks["optimiser_general"]["frazilExplore"]
         theirs = finished / "theirs_optimiser.star"  # beside the files it names
         write_star(theirs, blocks)
-        assert first_look(Params(continue_=theirs))[1].explore == 0
-        assert first_look(Params(continue_=theirs, explore=0.3))[1].explore == 0.3
+        assert first_look(asked(tmp_path), Params(continue_=theirs))[1].explore == 0
+        assert first_look(asked(tmp_path), Params(continue_=theirs, explore=0.3))[1].explore == 0.3
 
-    def test_two_classes_with_one_average_are_told_apart_again(self, data, finished, monkeypatch):
+    def test_two_classes_with_one_average_are_told_apart_again(self, data, finished, tmp_path, monkeypatch):
         """A class that started anew as a copy of another: files do not say which particles were to be whose."""
         monkeypatch.chdir(data)
-        state, params, _ = first_look(Params(continue_=finished / "run_it002_optimiser.star"))
+        state, params, _ = first_look(asked(tmp_path), Params(continue_=finished / "run_it002_optimiser.star"))
         assert state is not None and seeded_anew(state, params, 1).assigned is None
         maps, klass = state.model.maps.clone(), torch.arange(COUNT) % 3
         maps[2] = maps[0]

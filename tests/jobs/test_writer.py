@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -27,14 +28,40 @@ def test_only_the_newest_of_a_name_is_done():
     assert done[-1] == 49 and len(done) <= 2
 
 
-def test_the_newest_waits_its_time_but_not_longer_than_the_writer_lives():
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until the writer's thread has come so far."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.002)
+    assert condition()
+
+
+def test_the_newest_rests_as_many_times_as_long_as_it_took_but_not_longer_than_the_writer_lives():
+    done, begun = [], threading.Event()
+
+    def keep(i: int) -> None:
+        begun.set()
+        time.sleep(0.05)
+        done.append(i)
+
+    with Writer() as writer:
+        writer.newest("checkpoint", lambda: keep(0), rest=1e5)  # the first at once
+        assert begun.wait(20)
+        writer.newest("checkpoint", lambda: keep(1), rest=1e5)  # given while that is at work
+        until(lambda: done == [0])
+        for i in range(2, 5):
+            writer.newest("checkpoint", lambda i=i: keep(i), rest=1e5)
+            time.sleep(0.05)
+        assert done == [0]  # none of the others for more than an hour
+    assert done == [0, 4]
+
+
+def test_what_takes_no_time_is_done_every_time():
     done = []
     with Writer() as writer:
         for i in range(5):
-            writer.newest("checkpoint", lambda i=i: done.append(i), every=3600)
-            time.sleep(0.05)
-        assert done == [0]  # the first at once, those after it within the hour not
-    assert done == [0, 4]
+            writer.newest("checkpoint", lambda i=i: done.append(i), rest=10)
+            until(lambda i=i: done == list(range(i + 1)))
 
 
 def test_the_caller_waits_when_too_much_waits():

@@ -53,11 +53,12 @@ class Params(Class2dParams):
 def run(params: Params, run: Run) -> None:
     """Classify, writing RELION's files, a checkpoint to resume from, and a report with the sheet of averages at the end."""
     world = world_of_environment()
-    state, params, table = first_look(params)
+    state, params, table = first_look(run, params)
     optics = table.particles.optics[int(table.particles.group.min())]
     if params.reference is not None and "explore" not in params.model_fields_set:
         params = params.model_copy(update={"explore": 0.0})  # who gives the averages wants these classes, not new ones in their place
     params = resolved(params, optics.pixel_size)
+    run.settle(params)
     images = open_checked(table, run.threads)
     references = None if params.reference is None else read_averages(params.reference, params.classes, optics.box, optics.pixel_size)
     mask = None if params.mask is None else read_image_mask(params.mask, optics.box)
@@ -94,16 +95,16 @@ def settings(params: Params) -> tuple[tuple[str, Any], ...]:
     return tuple((found | ({"rlnSgdClassInactivityThreshold": params.inactivity_threshold} if vdam else {})).items())
 
 
-def first_look(params: Params) -> tuple[ClassifyState | None, Params, ParticleSet]:
+def first_look(run: Run, params: Params) -> tuple[ClassifyState | None, Params, ParticleSet]:
     """(state to continue, parameters completed from it, particles): what can be told without images."""
     state = None
     if params.continue_ is not None:
-        state, table, params, general = continued(params, 2)
+        state, table, params, general = continued(run, params, 2)
         found = {
-            "center_classes": bool(int(general.get("rlnDoCenterClasses", params.center_classes))),
-            "method": "vdam" if int(general.get("rlnDoGradientRefine", 0)) else "em",
-            "explore": float(general.get("frazilExplore", 0)),  # RELION's runs do not
-            "inactivity_threshold": float(general.get("rlnSgdClassInactivityThreshold", params.inactivity_threshold)),
+            "center_classes": bool(general.whole("rlnDoCenterClasses", int(params.center_classes))),
+            "method": "vdam" if general.whole("rlnDoGradientRefine", 0) else "em",
+            "explore": general.number("frazilExplore", 0),  # RELION's runs do not
+            "inactivity_threshold": general.number("rlnSgdClassInactivityThreshold", params.inactivity_threshold),
         }
         params = params.model_copy(update={name: value for name, value in found.items() if name not in params.model_fields_set})
     elif params.particles is None:

@@ -13,7 +13,7 @@ from frazil.data import BadInput, Particles, Volume
 from frazil.io.particles import ParticleSet
 from frazil.io.star import read_star
 from frazil.jobs.class_report import class_report
-from frazil.jobs.classify_files import Output, part_of, resolutions, seeded_anew, unpack_state
+from frazil.jobs.classify_files import Output, part_of, resolution_text, resolutions, seeded_anew, unpack_state
 from frazil.jobs.classify_run import begin, check_poses, continued, device_errors, placed, run_iterations
 from frazil.jobs.inputs import check_same_grid, check_symmetry, read_cube, read_mask_for
 from frazil.jobs.particles_input import (
@@ -53,8 +53,9 @@ class Params(Class3dParams):
 def run(params: Params, run: Run) -> None:
     """Classify, writing RELION's files, a checkpoint to resume from, and a report at the end."""
     world = world_of_environment()
-    state, params, table = first_look(params)
+    state, params, table = first_look(run, params)
     paths, params = reference_files(params)
+    run.settle(params)
     images = open_checked(table, run.threads)
     references = load_references(paths, table.particles, params.initial_lowpass)
     like = Volume(state.model.maps[0], state.model.pixel_size) if state is not None else references[0]
@@ -70,7 +71,7 @@ def run(params: Params, run: Run) -> None:
         summarise(run, state)
 
 
-def first_look(params: Params) -> tuple[ClassifyState | None, Params, ParticleSet]:
+def first_look(run: Run, params: Params) -> tuple[ClassifyState | None, Params, ParticleSet]:
     """(state to continue, parameters completed from it, particles): what can be told without images and maps to begin with."""
     state = None
     if params.continue_ is None:
@@ -79,7 +80,7 @@ def first_look(params: Params) -> tuple[ClassifyState | None, Params, ParticleSe
             raise BadInput(f"{missing} is missing; give both, or --continue with the optimiser.star of an iteration")
         table = read_table(params.particles)
     else:
-        state, table, params, _ = continued(params, 3)
+        state, table, params, _ = continued(run, params, 3)
     check_symmetry(params.symmetry)
     check_poses(params, table, params.sigma_ang is not None)
     return state, params, table
@@ -94,6 +95,8 @@ def reference_files(params: Params) -> tuple[list[Path], Params]:
     if not tables:
         raise BadInput(f"{path}: has no column _rlnReferenceImage; list one map a class there")
     names = [str(name) for name in pd.Series(tables[0]["rlnReferenceImage"])]
+    if not names:
+        raise BadInput(f"{path}: lists no map, its column _rlnReferenceImage has no rows; list one map a class there")
     if "classes" in params.model_fields_set and params.classes != len(names):
         raise BadInput(f"{path}: lists {len(names)} references, --classes is {params.classes}; leave --classes out")
     return [beside(path, Path.cwd(), name) for name in names], params.model_copy(update={"classes": len(names)})
@@ -139,5 +142,5 @@ def summarise(run: Run, state: ClassifyState) -> None:
     root = run.file(f"run_it{state.progress.iteration:03d}")
     for k in torch.argsort(share, descending=True).tolist()[:12]:
         count, part = int((state.poses.klass == k).sum()), 100 * float(share[k])
-        run.summary(f"class {k + 1}: {count} particles ({part:.1f} %), {float(each[k]):.1f} Å, {root}_class{k + 1:03d}.mrc")
+        run.summary(f"class {k + 1}: {count} particles ({part:.1f} %), {resolution_text(float(each[k]))}, {root}_class{k + 1:03d}.mrc")
     run.summary(f"{state.progress.iteration} iterations, {len(state.particles)} particles, report {run.file('report.html')}")

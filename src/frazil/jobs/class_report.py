@@ -97,9 +97,15 @@ def class_rows(last: dict[str, Any]) -> list[list[str]]:
     for k in order.tolist():
         rotation, shift = last["class_accuracy"][k]
         accuracy = "–" if unknown(rotation) else f"{rotation:.1f}°, {shift:.1f} Å"
-        share, resolution = f"{100 * last['occupancy'][k]:.1f} %", f"{last['class_resolution'][k]:.1f}"
-        rows.append([str(k + 1), f"{last['class_counts'][k]:,}", share, resolution if last["occupancy"][k] > 0 else "empty", accuracy])
+        share = f"{100 * last['occupancy'][k]:.1f} %"
+        rows.append([str(k + 1), f"{last['class_counts'][k]:,}", share, found_resolution(last, k), accuracy])
     return rows
+
+
+def found_resolution(last: dict[str, Any], k: int) -> str:
+    """Resolution of a class in Å as text, "empty" where its map is zero."""
+    value = last["class_resolution"][k]
+    return "empty" if value is None or not last["occupancy"][k] > 0 else f"{value:.1f}"
 
 
 def last_maps(run_dir: Path) -> list[Path]:
@@ -118,7 +124,9 @@ def draw(run_dir: Path, job: dict[str, Any], iterations: list[dict[str, Any]]) -
     if maps := last_maps(run_dir):
         order = np.argsort(last["occupancy"][: len(maps)])[::-1][:12].tolist()
         volumes = [read_map(maps[k]) for k in order]
-        titles = [f"class {k + 1}: {100 * last['occupancy'][k]:.1f} %, {last['class_resolution'][k]:.1f} Å" for k in order]
+        found = [found_resolution(last, k) for k in order]
+        shares = [f"class {k + 1}: {100 * last['occupancy'][k]:.1f} %" for k in order]
+        titles = [f"{share}, {text}" + " Å" * (text != "empty") for share, text in zip(shares, found, strict=True)]
         arrays, diameter = [v.data.numpy() for v in volumes], float(settings.get("diameter") or 0)
         figures["slices"] = plot_class_slices(arrays, titles, volumes[0].pixel_size, diameter)
     if sheet := sheet_of_run(run_dir, last, float(settings.get("diameter") or 0)):

@@ -66,5 +66,6 @@ def sheet_of_run(run_dir: Path, last: Mapping[str, Any], diameter: float) -> Fig
     if path is None:
         return None
     stack = read_mrc(path)
-    counts, resolutions = (np.asarray(last[key]) for key in ("class_counts", "class_resolution"))
+    counts = np.asarray(last["class_counts"])
+    resolutions = np.array([np.inf if value is None else value for value in last["class_resolution"]])  # None: the class is empty
     return plot_averages(stack.data.numpy(), counts, resolutions, stack.pixel_size, diameter)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from frazil.data import BadInput, Particles
 from frazil.io.mrc import write_mrc
 from frazil.io.particles import ParticleSet, read_particles, write_particles
 from frazil.io.star import Block, read_star, write_star
+from frazil.jobs.classify_settings import own_settings
+from frazil.jobs.entries import Entries, column, entries, rows
 from frazil.jobs.moments import write_moments
 from frazil.jobs.refine_files import (
+    A_MODEL,
     FIXED_SETTINGS,
     beside,
     class_spectra,
@@ -25,6 +29,7 @@ from frazil.jobs.refine_files import (
     general_block,
     groups_and_noise,
     read_model,
+    rows_of_micrographs,
     settings_and_counters,
 )
 from frazil.maths.fourier import resolution_shell
@@ -34,6 +39,9 @@ from frazil.refine.model import Model, Poses
 from frazil.refine.sampling import Sampling, make_grid
 from frazil.steps.class2d import GradientState
 from frazil.steps.classify import UNKNOWN, ClassifyParams, ClassifyState, keeps_orientations
+
+ASSIGNED = "frazilAssignedClass"  # column of data.star: the class that a particle has to take in the next iteration; 0: any
+ASSIGNED_AFTER = "frazilAssignedAfterIteration"  # of optimiser.star: for which iteration's files that column was written
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,18 @@ class Output:
 
 
 def resolutions(state: ClassifyState) -> Tensor:
-    """(K,) resolution of each class in Å."""
-    return state.model.box * state.model.pixel_size / class_shells(state.model.data_vs_prior).double()
+    """(K,) resolution of each class in Å; infinite for an empty one, as in RELION's files: its map is zero."""
+    model = state.model
+    found = model.box * model.pixel_size / class_shells(model.data_vs_prior).double()
+    for k in torch.nonzero(model.pdf_class == 0)[:, 0].tolist():
+        if not bool(model.maps[k].any()):
+            found[k] = torch.inf
+    return found
+
+
+def resolution_text(angstroms: float) -> str:
+    """How the resolution of a class is written for people."""
+    return f"{angstroms:.1f} Å" if isfinite(angstroms) else "empty"
 
 
 def write_iteration(out: Output, state: ClassifyState, *, last: bool = False) -> None:
@@ -66,6 +84,8 @@ def write_iteration(out: Output, state: ClassifyState, *, last: bool = False) ->
         "rlnLogLikeliContribution": state.poses.log_likelihood.numpy(), "rlnMaxValueProbDistribution": state.poses.pmax.numpy(),
         "rlnNrOfSignificantSamples": state.poses.significant.numpy(), "rlnGroupNumber": state.particles.micrograph.numpy() + 1,
     }  # fmt: skip
+    if state.assigned is not None or ASSIGNED in out.table.table:  # which a table that was continued may still have
+        extra[ASSIGNED] = (torch.full((len(state.particles),), -1) if state.assigned is None else state.assigned).numpy() + 1
     for path in [paths["data"], *([out.folder / "run_data.star"] if last else [])]:
         write_particles(path, out.table, state.particles, extra)
     write_star(paths["optimiser"], optimiser_blocks(state, out, paths))
@@ -138,83 +158,82 @@ def optimiser_blocks(state: ClassifyState, out: Output, paths: dict[str, Path]) 
         "rlnDoSplitRandomHalves": 0, "rlnDoAutoRefine": 0, "rlnAutoLocalSearchesHealpixOrder": 4, "rlnDoSolventFscCorrection": 0,
         "rlnDoSkipAlign": int(params.skip_align), "rlnDoSkipRotate": int(params.skip_rotate), "rlnDoCenterClasses": 0,
         "rlnHighresLimitExpectation": params.strict_highres or -1.0,
-        **settings_and_counters(p, params, out.seed), **FIXED_SETTINGS, **dict(out.extra),
+        **settings_and_counters(p, params, out.seed), **FIXED_SETTINGS, **dict(out.extra), **own_settings(params),
+        **({} if state.assigned is None else {ASSIGNED_AFTER: p.iteration}),
     }}  # fmt: skip
 
 
 # ---- going on from an iteration's files
 
 
-def read_classification(optimiser: Path, folder: Path) -> tuple[ClassifyState, ParticleSet, dict[str, str]]:
+A_CLASSIFICATION = "the optimiser.star of a Class2D or Class3D iteration"
+
+
+def read_classification(optimiser: Path, folder: Path) -> tuple[ClassifyState, ParticleSet, Entries]:
     """State of a classification after an iteration, from its optimiser.star and the files that names (RELION's or ours).
 
-    Also its particles and the entries of optimiser.star as text. Raises BadInput for an auto-refinement.
+    Also its particles and the entries of optimiser.star as text. Raises BadInput, naming the file, for an auto-refinement, another
+    kind of file, and where something is missing.
     """
-    general = {name: str(value) for name, value in dict(read_star(optimiser)["optimiser_general"]).items()}
-    if int(float(general.get("rlnDoAutoRefine", "0"))) or "rlnModelStarFile" not in general:
-        raise BadInput(f"{optimiser}: is not of a classification; give the optimiser.star of a Class2D or Class3D iteration")
-    find = lambda label: beside(optimiser, folder, general[label])  # noqa: E731
-    model = read_model(find("rlnModelStarFile"), folder)
-    star = dict(read_star(find("rlnModelStarFile"))["model_general"])
-    table = read_particles(find("rlnExperimentalDataStarFile")).from_here()
-    sampling = read_sampling(find("rlnOrientSamplingStarFile"), int(general["rlnAdaptiveOversampleOrder"]))
-    if int(star["rlnOrientationalPriorMode"]):
-        sampling = replace(sampling, sigma=float(star["rlnSigmaPriorRotAngle"]))
-    number = lambda label, default: float(general.get(label) or default)  # noqa: E731
+    general = entries(read_star(optimiser, text=True), optimiser, "optimiser_general", A_CLASSIFICATION)
+    if general.whole("rlnDoAutoRefine", 0) or "rlnModelStarFile" not in general:
+        raise BadInput(f"{optimiser}: is not of a classification; give {A_CLASSIFICATION}")
+    find = lambda label: beside(optimiser, folder, general[label], label)  # noqa: E731
+    files = {label: find(label) for label in ("rlnModelStarFile", "rlnExperimentalDataStarFile", "rlnOrientSamplingStarFile")}
+    table = read_particles(files["rlnExperimentalDataStarFile"]).from_here()
+    q, path = table.particles, files["rlnModelStarFile"]
+    model, blocks = read_model(path, folder, q), read_star(path)
+    star = entries(blocks, path, "model_general", A_MODEL)
+    sampling = read_sampling(files["rlnOrientSamplingStarFile"], general.whole("rlnAdaptiveOversampleOrder"))
+    if star.whole("rlnOrientationalPriorMode"):
+        sampling = replace(sampling, sigma=star.number("rlnSigmaPriorRotAngle"))
+    number = general.number
     progress = Progress(
-        iteration=int(general["rlnCurrentIteration"]),
-        shell=resolution_shell(model.box, model.pixel_size, float(star["rlnCurrentResolution"])),
-        no_gain=int(number("rlnNumberOfIterWithoutResolutionGain", 0)),
-        no_change=int(number("rlnNumberOfIterWithoutChangingAssignments", 0)),
+        iteration=general.whole("rlnCurrentIteration"),
+        shell=resolution_shell(model.box, model.pixel_size, star.number("rlnCurrentResolution")),
+        no_gain=general.whole("rlnNumberOfIterWithoutResolutionGain", 0),
+        no_change=general.whole("rlnNumberOfIterWithoutChangingAssignments", 0),
         change_rotation=number("rlnChangesOptimalOrientations", 999), change_shift=number("rlnChangesOptimalOffsets", 999),
         smallest_rotation=number("rlnSmallestChangesOrientations", 999), smallest_shift=number("rlnSmallestChangesOffsets", 999),
         change_class=number("rlnChangesOptimalClasses", 0), smallest_class=number("rlnSmallestChangesClasses", 999),
         accuracy_rotation=number("rlnOverallAccuracyRotations", UNKNOWN),
         accuracy_shift=number("rlnOverallAccuracyTranslationsAngst", UNKNOWN), ave_pmax=model.ave_pmax,
     )  # fmt: skip
-    q = table.particles
-    model = replace(model, scales=scales_in_order(model.scales, read_star(find("rlnModelStarFile"))["model_groups"], q, optimiser))
+    model = replace(model, scales=model.scales[rows_of_micrographs(rows(blocks, path, "model_groups", A_MODEL), q, optimiser)])
     poses = replace(Poses.empty(len(q)), rotation=q.rotation, shift=q.shift, norm=q.norm, klass=(q.klass - 1).clamp(min=0))
     accuracy = torch.full((model.classes, 2), UNKNOWN, dtype=torch.float64)
-    return ClassifyState(progress, sampling, model, q, poses, accuracy), table, general
-
-
-def scales_in_order(scales: Tensor, groups: Any, particles: Particles, optimiser: Path) -> Tensor:
-    """Scales in the order of the particles' micrographs, which model.star names or, where its names are others, numbers."""
-    names = [str(name) for name in groups["rlnGroupName"]]
-    if set(names) >= set(particles.micrographs):
-        return scales[torch.tensor([names.index(name) for name in particles.micrographs])]
-    if len(scales) != len(particles.micrographs):
-        held = f"its model has {len(scales)} groups, its particles {len(particles.micrographs)}"
-        raise BadInput(f"{optimiser}: {held}; the model and the data files are not of one run")
-    return scales
+    assigned = None
+    if ASSIGNED in table.table and general.whole(ASSIGNED_AFTER, -1) == progress.iteration:
+        assigned = column(table.table, files["rlnExperimentalDataStarFile"], "particles", ASSIGNED).long() - 1
+    return ClassifyState(progress, sampling, model, q, poses, accuracy, assigned), table, general
 
 
 def read_sampling(path: Path, oversampling: int) -> Sampling:
     """The search grid of a sampling.star."""
-    s = dict(read_star(path)["sampling_general"])
-    flat = not int(s["rlnIs3DSampling"])
+    s = entries(read_star(path), path, "sampling_general", "a sampling.star")
+    flat = not s.whole("rlnIs3DSampling")
     return Sampling(
-        order=int(s.get("rlnHealpixOrder", 0)), offset_range=float(s["rlnOffsetRange"]), offset_step=float(s["rlnOffsetStep"]),
-        oversampling=oversampling, group=str(s.get("rlnSymmetryGroup", "C1")), instance=float(s["rlnSamplingPerturbInstance"]),
-        factor=float(s["rlnSamplingPerturbFactor"]), flat=flat, psi_step=float(s["rlnPsiStep"]) if flat else None,
+        order=s.whole("rlnHealpixOrder", 0), offset_range=s.number("rlnOffsetRange"), offset_step=s.number("rlnOffsetStep"),
+        oversampling=oversampling, group=str(s.get("rlnSymmetryGroup", "C1")), instance=s.number("rlnSamplingPerturbInstance"),
+        factor=s.number("rlnSamplingPerturbFactor"), flat=flat, psi_step=s.number("rlnPsiStep") if flat else None,
     )  # fmt: skip
 
 
 def part_of(state: ClassifyState, used: Tensor) -> ClassifyState:
     """The state of some of its particles."""
     poses = Poses(**{name: value[used] for name, value in vars(state.poses).items()})
-    return replace(state, particles=state.particles[used], poses=poses)
+    assigned = None if state.assigned is None else state.assigned[used]
+    return replace(state, particles=state.particles[used], poses=poses, assigned=assigned)
 
 
 def seeded_anew(state: ClassifyState, params: ClassifyParams, seed: int) -> ClassifyState:
     """The state with the particles of classes whose maps are the same drawn at random among these for the next iteration.
 
     All of them are in a run that was not seeded yet; two after a class started anew. Equal maps would stay equal, and the files do not
-    hold which particle was to go where.
+    hold which particle was to go where, unless frazil wrote them.
     """
     maps, live = state.model.maps, state.model.pdf_class > 0
-    if keeps_orientations(params):
+    if state.assigned is not None or keeps_orientations(params):
         return state
     first = [next(j for j in range(k + 1) if torch.equal(maps[j], maps[k])) if live[k] else k for k in range(len(maps))]
     groups = [torch.tensor([k for k, j in enumerate(first) if j == i]) for i in sorted({j for j in first if first.count(j) > 1})]
@@ -269,13 +288,13 @@ def pack_state(state: ClassifyState) -> dict[str, Any]:
 
 def unpack_state(saved: dict[str, Any], particles: Particles, device: str = "cpu") -> ClassifyState:
     """The state of a checkpoint, its maps on a device; `particles` are those of the same job's input."""
-    if (held := len(saved["particles"]["klass"])) != len(particles):
-        raise BadInput(f"checkpoint.pt has {held} particles, the input {len(particles)}: were images changed? choose another --output")
     try:
+        if (held := len(saved["particles"]["klass"])) != len(particles):
+            raise BadInput(f"checkpoint.pt has {held} particles, the input {len(particles)}: were images changed? choose another --output")
         model = Model(**{**saved["model"], "sigma2": tuple(saved["model"]["sigma2"]), "maps": saved["model"]["maps"].to(device)})
         return ClassifyState(
             Progress(**saved["progress"]), Sampling(**saved["sampling"]), model, replace(particles, **saved["particles"]),
             Poses(**saved["poses"]), saved["accuracy"], saved["assigned"], unmasked=saved["unmasked"], seconds=saved["seconds"],
         )  # fmt: skip
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise BadInput(f"checkpoint.pt was written by another version of frazil ({error}); choose another --output") from error

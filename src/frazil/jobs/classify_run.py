@@ -1,6 +1,7 @@
 """What the jobs class2d and class3d do alike: run the iterations, record and write them, go on after a stop or from files."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +14,9 @@ from torch import Tensor
 from frazil.data import BadInput, Images, Particles
 from frazil.io.images import StackImages
 from frazil.io.particles import ANGLES, ParticleSet, match_by_image_name
-from frazil.io.star import read_star
 from frazil.jobs.classify_files import Output, host_copy, pack_state, read_classification, resolutions, write_iteration
+from frazil.jobs.classify_settings import VERSION, kept_settings
+from frazil.jobs.entries import Entries
 from frazil.jobs.particles_input import (
     Subset,
     check_search,
@@ -25,16 +27,18 @@ from frazil.jobs.particles_input import (
     usable_particles,
     warn_of_oddities,
 )
-from frazil.jobs.refine_files import beside
 from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
-from frazil.refine.parallel import World
+from frazil.refine.parallel import World, world_of_environment
 from frazil.refine.planner import keep_on_device
 from frazil.refine.residence import resident
 from frazil.refine.windows import Engine
 from frazil.steps.classify import UNKNOWN, ClassifyJob, ClassifyParams, ClassifyState, Form, classify, make_engine
 
-CHECKPOINT_SECONDS = 30.0  # between checkpoints: where iterations take less, those in between are not worth the gigabytes
+REST = 10.0  # times as long as the last checkpoint took to write that lie before the next: a tenth of the time at most goes to them
+# How the libraries under torch say that a device failed (Triton, cuFFT, cuBLAS, the driver), and that its memory is used up.
+FAILED = re.compile(r"Triton Error \[CUDA\]|cuFFT error|CUBLAS_STATUS|CUDA error|CUSOLVER_STATUS|cusolver error")
+MEMORY = re.compile(r"out of memory|out_of_memory|ALLOC_FAILED|OUT_OF_RESOURCES", re.IGNORECASE)
 
 
 class DeviceLost(RuntimeError):
@@ -43,17 +47,27 @@ class DeviceLost(RuntimeError):
 
 @contextmanager
 def device_errors(run: Run) -> Iterator[None]:
-    """Say clearly what happened when a GPU has no memory left, or is gone."""
-    again = f"--resume with --output {run.path} goes on after the last whole iteration"
+    """Say clearly what happened when a GPU has no memory left, or is gone, and from which iteration the run can go on."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceLost(
-            f"{run.device} has too little memory even for the smallest batches; free some, or use fewer classes or --pad 1; {again}"
-        ) from error
-    except torch.AcceleratorError as error:
-        what = str(error).splitlines()[0]
-        raise DeviceLost(f"{run.device} does not answer any more ({what}); {again}, with --device cpu if it stays away") from error
+    except RuntimeError as error:  # torch.OutOfMemoryError and AcceleratorError are of this kind
+        what = next(iter(str(error).splitlines()), "")
+        if isinstance(error, torch.OutOfMemoryError) or (MEMORY.search(what) and FAILED.search(what)):
+            remedy = "free some, or use fewer classes or --pad 1"
+            raise DeviceLost(f"{run.device} has too little memory even for the smallest batches; {remedy}; {again(run)}") from error
+        if not isinstance(error, torch.AcceleratorError) and not FAILED.search(what):
+            raise
+        stays = "with --device cpu if it stays away"
+        raise DeviceLost(f"{run.device} does not answer any more ({what}); {again(run)}, {stays}") from error
+
+
+def again(run: Run) -> str:
+    """How a run that ended early is continued, and where it then begins: at the checkpoint on disk."""
+    if world_of_environment().rank:
+        return "--resume goes on after the last iteration that was kept"
+    if run.kept is None:
+        return f"no iteration was kept: --resume with --output {run.path} begins anew"
+    return f"iteration {run.kept} was kept: --resume with --output {run.path} goes on from there"
 
 
 def placed(state: ClassifyState, engine: Engine) -> ClassifyState:
@@ -93,6 +107,7 @@ def begin(
     warn_of_oddities(run, params.diameter, table, images, used)
     check_search(params.offset_range, params.offset_step, table.particles, params.strict_highres)
     saved = world.tell(run.load_checkpoint() if world.rank == 0 else None)
+    run.kept = (saved or {}).get("progress", {}).get("iteration")
     budget, count = memory_budget(run, (saved or {}).get("budget", 0)), len(used)
     engine = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
     job = ClassifyJob(Subset(images, used), params, engine, form, *masks, tick=lambda done: tick(run, count, min(done, count)), world=world)
@@ -137,17 +152,18 @@ def run_iterations(
             writer.do(lambda: write_iteration(out, begin()))
         for state in loop(job, state):  # noqa: B020 (the last state is what is left)
             number = state.progress.iteration
-            record(run, state)
+            record(run, state, params)
             if first:
                 copy, last = host_copy(state), number == params.iterations
                 if last or (write_every and number % write_every == 0):
                     writer.do(lambda copy=copy, last=last: write_iteration(out, copy(), last=last))
-                writer.newest("checkpoint", lambda copy=copy: run.save_checkpoint({**pack(copy()), "budget": budget}), CHECKPOINT_SECONDS)
+                keep = lambda copy=copy: run.save_checkpoint({**pack(copy()), "budget": budget})  # noqa: E731
+                writer.newest("checkpoint", lambda keep=keep, number=number: (keep(), setattr(run, "kept", number)), REST)
             run.check_stop()
     return state
 
 
-def record(run: Run, state: ClassifyState) -> None:
+def record(run: Run, state: ClassifyState, params: ClassifyParams) -> None:
     """One line for people, one event for the page and the report."""
     p, model, each = state.progress, state.model, resolutions(state)
     side = model.box * model.pixel_size
@@ -175,12 +191,15 @@ def record(run: Run, state: ClassifyState) -> None:
         if float(model.pdf_class[k]) > 0:
             run.warn(f"class {k + 1} was almost empty after iteration {p.iteration} and starts anew from half of the largest class")
         else:
-            run.warn(f"class {k + 1} is empty after iteration {p.iteration}: its map is zero from now on; fewer --classes may do, or "
-                     f"--reseed-below 0.05 starts such classes anew")  # fmt: skip
+            remedy = "" if params.reseed_below else ", or --reseed-below 0.05 starts such classes anew"
+            run.warn(f"class {k + 1} is empty after iteration {p.iteration}: its map is zero from now on; fewer --classes may do{remedy}")
 
 
-def continued(params: Any, dims: int) -> tuple[ClassifyState, ParticleSet, Any, dict[str, str]]:
-    """(state, particles, completed parameters, entries of the optimiser.star) of --continue; dims: 2 or 3, of the references."""
+def continued(run: Run, params: Any, dims: int) -> tuple[ClassifyState, ParticleSet, Any, Entries]:
+    """(state, particles, completed parameters, entries of the optimiser.star) of --continue; dims: 2 or 3, of the references.
+
+    The run takes the seed of a run of ours as well, unless one is given.
+    """
     path: Path = params.continue_
     if params.reference is not None:
         raise BadInput(f"--continue goes on with the references of {path}; leave --reference out")
@@ -195,9 +214,13 @@ def continued(params: Any, dims: int) -> tuple[ClassifyState, ParticleSet, Any, 
             raise BadInput(f"{params.particles}: {held} of {path}; leave it out to go on with those")
     if "classes" in params.model_fields_set and params.classes != state.model.classes:
         raise BadInput(f"{path}: has {state.model.classes} classes, --classes is {params.classes}; leave that out")
-    find: Callable[[str], Path] = lambda label: beside(path, Path.cwd(), general[label])  # noqa: E731
-    kept = kept_settings(params, general, find("rlnModelStarFile"), find("rlnOrientSamplingStarFile"), state.model.pixel_size)
-    if state.progress.iteration == 0 and "initial_lowpass" not in params.model_fields_set:  # which the files do not name
+    first = state.progress.iteration == 0
+    if "seed" not in run.options.model_fields_set and VERSION in general:
+        run.seed = general.whole("rlnRandomSeed", run.seed)
+    elif first and run.seed != general.whole("rlnRandomSeed", run.seed):
+        state = replace(state, assigned=None)  # whoever gives another seed wants other classes to begin with
+    kept = kept_settings(params, general, Path.cwd(), state.model.pixel_size)
+    if first and "initial_lowpass" not in kept and "initial_lowpass" not in params.model_fields_set:  # which RELION's files do not name
         kept["initial_lowpass"] = state.model.box * state.model.pixel_size / max(state.progress.shell, 1)
     params = params.model_copy(update={**kept, "classes": state.model.classes})
     if state.progress.iteration >= (params.iterations or 25):
@@ -209,36 +232,3 @@ def names_in_full(table: ParticleSet) -> list[str]:
     """Image names with the full path of the stack, by which sets written from other folders can be compared."""
     split = (name.rpartition("@") for name in table.image_names)
     return [f"{number or 1}@{Path(stack).absolute()}" for number, _, stack in split]
-
-
-def kept_settings(params: ClassifyParams, general: dict[str, str], model: Path, sampling: Path, pixel_size: float) -> dict[str, Any]:
-    """Parameters as the files of an iteration have them, for those the user did not give (spec 8.6)."""
-    m, s = dict(read_star(model)["model_general"]), dict(read_star(sampling)["sampling_general"])
-    number = lambda label, default: float(general.get(label) or default)  # noqa: E731
-    flag = lambda label, default: bool(int(number(label, default)))  # noqa: E731
-    first = lambda label, default: float(s.get(f"{label}Original", s.get(label, default)))  # noqa: E731
-    strict = number("rlnHighresLimitExpectation", -1)
-    # Local searches at a finer order than the run began with are the doing of --auto-sampling, which then goes on by itself.
-    local = int(m["rlnOrientationalPriorMode"]) and int(s.get("rlnHealpixOrder", 0)) <= int(first("rlnHealpixOrder", 2))
-    found: dict[str, Any] = {
-        "iterations": int(number("rlnNumberOfIterations", 25)), "tau_fudge": float(m["rlnTau2FudgeFactor"]),
-        "pad": float(m["rlnPaddingFactor"]), "diameter": number("rlnParticleDiameter", -1), "mask_edge": number("rlnWidthMaskEdge", 5),
-        "zero_mask": flag("rlnDoZeroMask", 1), "flatten_solvent": flag("rlnDoSolventFlattening", 1),
-        "norm": flag("rlnDoCorrectNorm", 1), "scale": flag("rlnDoCorrectScale", 1),
-        "ctf_intact_first_peak": flag("rlnDoIgnoreCtfUntilFirstPeak", 0), "skip_align": flag("rlnDoSkipAlign", 0),
-        "skip_rotate": flag("rlnDoSkipRotate", 0), "oversampling": int(number("rlnAdaptiveOversampleOrder", 1)),
-        "adaptive_fraction": number("rlnAdaptiveOversampleFraction", 0.999),
-        "max_significant": int(number("rlnMaximumSignificantPoses", -1)),
-        "strict_highres": strict if strict > 0 else None, "perturb": float(s["rlnSamplingPerturbFactor"]),
-        "offset_range": first("rlnOffsetRange", 0) / pixel_size, "offset_step": first("rlnOffsetStep", 0) / pixel_size,
-        "healpix_order": int(first("rlnHealpixOrder", 2)), "symmetry": str(s.get("rlnSymmetryGroup", "C1")),
-        "sigma_ang": float(m["rlnSigmaPriorRotAngle"]) if local else None,
-        "psi_step": first("rlnPsiStep", 12),
-        "mask": path_or_none(general.get("rlnSolventMaskName")), "mask2": path_or_none(general.get("rlnSolventMask2Name")),
-    }  # fmt: skip
-    return {name: value for name, value in found.items() if name in type(params).model_fields and name not in params.model_fields_set}
-
-
-def path_or_none(name: str | None) -> Path | None:
-    """The path a STAR file names, None for "None" and nothing."""
-    return None if name in (None, "", "None", "none") else Path(name)

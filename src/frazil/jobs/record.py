@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Container
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -113,14 +114,24 @@ def source_commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
+def input_record(params: BaseModel, known: Container[str] = ()) -> dict[str, dict[str, str]]:
+    """Field → path and checksum of the parameters that name files, but those `known`; raises BadInput where one is missing."""
+    found = {name: path for name, path in input_files(params).items() if name not in known}
+    return {name: {"path": str(path.resolve()), "checksum": checksum(path)} for name, path in found.items()}
+
+
 def job_record(job: str, params: BaseModel, seed: int, device: str) -> dict[str, Any]:
-    """The content of job.json: enough to run the same job again and to know whether its inputs are still the same."""
-    inputs = {name: {"path": str(path.resolve()), "checksum": checksum(path)} for name, path in input_files(params).items()}
+    """The content of job.json: enough to run the same job again and to know whether its inputs are still the same.
+
+    "parameters" and "seed" become what the run used once it knows (Run.settle); "asked" stays what was given.
+    """
+    parameters = params.model_dump(mode="json")
     return {
         "job": job,
-        "parameters": params.model_dump(mode="json"),
+        "parameters": parameters,
+        "asked": {**parameters, "seed": seed},
         "may_change": may_change(params),
-        "inputs": inputs,
+        "inputs": input_record(params),
         "seed": seed,
         "device": device,
         "version": frazil.__version__,
@@ -148,10 +159,10 @@ def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> bool:
         if name in new["inputs"] and new["inputs"][name]["checksum"] != was["checksum"]:
             raise BadInput(f"{path}: the file of {option_name(name)}, {new['inputs'][name]['path']}, is not the one the run "
                            f"was started with, {was['path']}; give that one or another --output")  # fmt: skip
-    old_values = {**old["parameters"], "seed": old["seed"]}
-    for name, value in {**new["parameters"], "seed": new["seed"]}.items():
+    old_values = old.get("asked") or {**old["parameters"], "seed": old["seed"]}
+    for name, value in new["asked"].items():
         same_file = name in old["inputs"] and name in new["inputs"]  # compared by content above
         if name in old_values and value != old_values[name] and not same_file and name not in new["may_change"]:
             raise BadInput(f"{path}: {option_name(name)} is {value} but the run was started with {old_values[name]}; "
                            f"give the same value or another --output")  # fmt: skip
-    return any(new["parameters"][name] != old_values.get(name) for name in new["may_change"])
+    return any(new["asked"][name] != old_values.get(name) for name in new["may_change"])

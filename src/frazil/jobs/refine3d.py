@@ -241,15 +241,15 @@ def _packed(model: Model) -> dict[str, Any]:
 
 def unpack_state(saved: dict[str, Any], particles: Particles) -> State:
     """The state of a checkpoint; `particles` are those of the same job's input."""
-    if (held := len(saved["particles"]["half"])) != len(particles):
-        raise BadInput(f"checkpoint.pt has {held} particles, the input {len(particles)}: were images changed? choose another --output")
     model = lambda m: Model(**{**m, "sigma2": tuple(m["sigma2"])})  # noqa: E731
-    joined, unfiltered = saved["joined"], saved["unfiltered"]
     try:
+        if (held := len(saved["particles"]["half"])) != len(particles):
+            raise BadInput(f"checkpoint.pt has {held} particles, the input {len(particles)}: were images changed? choose another --output")
+        joined, unfiltered = saved["joined"], saved["unfiltered"]
         return State(
             Progress(**saved["progress"]), Sampling(**saved["sampling"]), (model(saved["models"][0]), model(saved["models"][1])),
             replace(particles, prior_rotation=None, **saved["particles"]), Poses(**saved["poses"]), saved["seconds"],
             None if joined is None else model(joined), None if unfiltered is None else (unfiltered[0], unfiltered[1]),
         )  # fmt: skip
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise BadInput(f"checkpoint.pt was written by another version of frazil ({error}); choose another --output") from error

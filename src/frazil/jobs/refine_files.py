@@ -14,7 +14,8 @@ from frazil.data import BadInput, Particles
 from frazil.io.images import split_image_name
 from frazil.io.mrc import read_map, read_stack
 from frazil.io.particles import ParticleSet, read_particles
-from frazil.io.star import Block, read_star
+from frazil.io.star import Block, Star, read_star
+from frazil.jobs.entries import column, entries, rows
 from frazil.maths.fourier import resolution_shell
 from frazil.maths.sphere import angular_step
 from frazil.refine.convergence import Progress
@@ -198,32 +199,84 @@ def optimiser_blocks(state: State, params: Refine3dParams, seed: int, files: dic
     }}  # fmt: skip
 
 
-def read_model(path: Path, folder: Path) -> Model:
-    """Model of a RELION model.star, its maps looked for beside it and in `folder`."""
+A_MODEL = "a model.star of RELION 3.1 or later, or of frazil"
+
+
+def read_model(path: Path, folder: Path, particles: Particles | None = None) -> Model:
+    """Model of a RELION model.star, its maps looked for beside it and in `folder`; particles: those of its data.star.
+
+    RELION 3.1 keeps noise by micrograph, not by optics group: that needs the particles, where there are several optics groups.
+    Raises BadInput naming the file where something is missing.
+    """
     star = read_star(path)
-    general, classes = dict(star["model_general"]), star["model_classes"]
+    general, classes = entries(star, path, "model_general", A_MODEL), rows(star, path, "model_classes", A_MODEL)
 
-    def column(block: str, label: str) -> Tensor:
-        return torch.from_numpy(np.asarray(star[block][label], dtype=np.float64).copy())
+    def values(block: str, label: str) -> Tensor:
+        return column(rows(star, path, block, A_MODEL), path, block, label)
 
+    if "rlnReferenceImage" not in classes or len(classes) == 0:
+        raise BadInput(f"{path}: data_model_classes names no map (_rlnReferenceImage); expected {A_MODEL}")
     k = len(classes["rlnReferenceImage"])
     maps = read_references(path, folder, [str(name) for name in classes["rlnReferenceImage"]])
-    each = lambda label: torch.stack([column(f"model_class_{i + 1}", label) for i in range(k)])  # noqa: E731
-    has_fsc = "rlnGoldStandardFsc" in star["model_class_1"]
-    offsets = [column("model_classes", f"rlnClassPriorOffset{x}") for x in "XY" if f"rlnClassPriorOffset{x}" in classes]
+    each = lambda label: torch.stack([values(f"model_class_{i + 1}", label) for i in range(k)])  # noqa: E731
+    has_fsc = "rlnGoldStandardFsc" in star["model_class_1"] if "model_class_1" in star else False
+    offsets = [values("model_classes", f"rlnClassPriorOffset{x}") for x in "XY" if f"rlnClassPriorOffset{x}" in classes]
     # RELION writes none for 2D classes, which have one direction.
-    directions = [column(b, "rlnOrientationDistribution") for i in range(k) if (b := f"model_pdf_orient_class_{i + 1}") in star]
+    directions = [values(b, "rlnOrientationDistribution") for i in range(k) if (b := f"model_pdf_orient_class_{i + 1}") in star]
+    pixel_size = general.number("rlnPixelSize")
+    if "rlnNrOpticsGroups" in general:
+        noise = tuple(values(f"model_optics_group_{g + 1}", "rlnSigma2Noise") for g in range(general.whole("rlnNrOpticsGroups")))
+    else:
+        noise = noise_of_optics_groups(star, path, maps[0].shape[-1] * pixel_size, particles)
     return Model(
-        maps=torch.stack(maps), pixel_size=float(general["rlnPixelSize"]),
-        sigma2=tuple(column(f"model_optics_group_{g + 1}", "rlnSigma2Noise") for g in range(int(general["rlnNrOpticsGroups"]))),
-        scales=column("model_groups", "rlnGroupScaleCorrection"), norm_average=float(general["rlnNormCorrectionAverage"]),
-        sigma_offset=float(general["rlnSigmaOffsetsAngst"]), pdf_class=column("model_classes", "rlnClassDistribution"),
-        pdf_direction=torch.stack(directions) if directions else column("model_classes", "rlnClassDistribution")[:, None],
+        maps=torch.stack(maps), pixel_size=pixel_size, sigma2=noise,
+        scales=values("model_groups", "rlnGroupScaleCorrection"), norm_average=general.number("rlnNormCorrectionAverage"),
+        sigma_offset=general.number("rlnSigmaOffsetsAngst"), pdf_class=values("model_classes", "rlnClassDistribution"),
+        pdf_direction=torch.stack(directions) if directions else values("model_classes", "rlnClassDistribution")[:, None],
         tau2=each("rlnReferenceTau2"), data_vs_prior=each("rlnSsnrMap"),
-        fsc=column("model_class_1", "rlnGoldStandardFsc") if has_fsc else torch.zeros(maps[0].shape[-1] // 2 + 1, dtype=torch.float64),
-        sigma2_map=each("rlnReferenceSigma2"), coverage=each("rlnFourierCompleteness"), ave_pmax=float(general["rlnAveragePmax"]),
-        log_likelihood=float(general["rlnLogLikelihood"]), prior_offset=torch.stack(offsets, 1) if offsets else None,
+        fsc=values("model_class_1", "rlnGoldStandardFsc") if has_fsc else torch.zeros(maps[0].shape[-1] // 2 + 1, dtype=torch.float64),
+        sigma2_map=each("rlnReferenceSigma2"), coverage=each("rlnFourierCompleteness"), ave_pmax=general.number("rlnAveragePmax"),
+        log_likelihood=general.number("rlnLogLikelihood"), prior_offset=torch.stack(offsets, 1) if offsets else None,
     )  # fmt: skip
+
+
+def noise_of_optics_groups(star: Star, path: Path, side: float, particles: Particles | None) -> tuple[Tensor, ...]:
+    """Noise spectra of the optics groups from those of the micrographs (model_group_N), as RELION 3.1 keeps them (spec 8.3).
+
+    Our model has one spectrum an optics group: the mean over its particles of their micrographs' spectra. Theirs are on the shells of
+    the model, whose box has this side in Å, those of an optics group on its own images' (`noise_of_model_shells` is the way there).
+    """
+    groups = rows(star, path, "model_groups", A_MODEL)
+    of = lambda m: f"model_group_{m + 1}"  # noqa: E731
+    spectra = torch.stack([column(rows(star, path, of(m), A_MODEL), path, of(m), "rlnSigma2Noise") for m in range(len(groups))])
+    everyone = column(groups, path, "model_groups", "rlnGroupNrParticles") if "rlnGroupNrParticles" in groups else torch.ones(len(groups))
+    if particles is None:
+        return (weighted_mean(spectra, everyone),)
+    place, found = rows_of_micrographs(groups, particles, path), []
+    for g, optics in enumerate(particles.optics):
+        mine = place[particles.micrograph[particles.group == g]]
+        mean = weighted_mean(spectra, torch.bincount(mine, minlength=len(groups)) if len(mine) else everyone)
+        shell = torch.arange(optics.box // 2 + 1, dtype=torch.float64) * side / (optics.box * optics.pixel_size)
+        found.append(mean[shell.round().long().clamp(max=len(mean) - 1)])
+    return tuple(found)
+
+
+def weighted_mean(spectra: Tensor, weights: Tensor) -> Tensor:
+    """(shells,) mean of spectra (n, shells) with weights (n,); the plain one where all of these are 0."""
+    weights = weights.double() if float(weights.sum()) > 0 else torch.ones(len(spectra), dtype=torch.float64)
+    return (weights[:, None] * spectra).sum(0) / weights.sum()
+
+
+def rows_of_micrographs(groups: pd.DataFrame, particles: Particles, path: Path) -> Tensor:
+    """(micrographs,) int64 row of model_groups of each, which names them or, where its names are others, numbers them."""
+    names = [str(name) for name in groups["rlnGroupName"]] if "rlnGroupName" in groups else []
+    place = {name: row for row, name in reversed(list(enumerate(names)))}
+    if set(place) >= set(particles.micrographs):
+        return torch.tensor([place[name] for name in particles.micrographs])
+    if len(groups) != len(particles.micrographs):
+        held = f"its model has {len(groups)} groups, its particles {len(particles.micrographs)}"
+        raise BadInput(f"{path}: {held}; the model and the data files are not of one run")
+    return torch.arange(len(groups))
 
 
 def read_references(path: Path, folder: Path, names: list[str]) -> list[Tensor]:
@@ -235,42 +288,49 @@ def read_references(path: Path, folder: Path, names: list[str]) -> list[Tensor]:
     return [stacks[stack][number - 1] for number, stack in placed]
 
 
-def beside(path: Path, folder: Path, name: str) -> Path:
-    """The file a STAR file names, below `folder`, beside the STAR file, or as it is; raises BadInput where it is nowhere."""
-    for candidate in (folder / name, path.parent / name, path.parent / Path(name).name, Path(name)):
-        if candidate.exists():
+def beside(path: Path, folder: Path, name: str, label: str = "") -> Path:
+    """The file a STAR file names, below `folder`, beside the STAR file or below a folder that holds it; BadInput where it is nowhere.
+
+    Names are relative to the folder a program was started in, mostly one of those above its output. label: under which the file is
+    named, for the message.
+    """
+    above = (parent / name for parent in path.absolute().parents[1:])
+    for candidate in (folder / name, path.parent / name, path.parent / Path(name).name, *above):
+        if candidate.is_file():
             return candidate
-    raise BadInput(f"{path}: the file {name} it names is neither in {folder} nor beside it")
+    raise BadInput(f"{path}: the file {name} it names{f' (_{label})' if label else ''} is neither in {folder} nor beside it")
 
 
 def read_refinement(optimiser: Path, folder: Path) -> tuple[State, ParticleSet]:
     """State of an auto-refinement after an iteration, from its optimiser.star and the files that names (RELION's or ours)."""
-    general = dict(read_star(optimiser)["optimiser_general"])
-    find = lambda label: beside(optimiser, folder, str(general[label]))  # noqa: E731
-    models = (read_model(find("rlnModelStarFile"), folder), read_model(find("rlnModelStarFile2"), folder))
-    s = dict(read_star(find("rlnOrientSamplingStarFile"))["sampling_general"])
+    wanted = "the optimiser.star of an iteration of an auto-refinement"
+    general = entries(read_star(optimiser), optimiser, "optimiser_general", wanted)
+    find = lambda label: beside(optimiser, folder, str(general[label]), label)  # noqa: E731
     particles = read_particles(find("rlnExperimentalDataStarFile"))
-    first_model = dict(read_star(find("rlnModelStarFile"))["model_general"])
+    q = particles.particles
+    models = (read_model(find("rlnModelStarFile"), folder, q), read_model(find("rlnModelStarFile2"), folder, q))
+    settings, first = find("rlnOrientSamplingStarFile"), find("rlnModelStarFile")
+    s = entries(read_star(settings), settings, "sampling_general", "a sampling.star")
+    first_model = entries(read_star(first), first, "model_general", A_MODEL)
     sampling = Sampling(
-        order=int(s["rlnHealpixOrder"]), offset_range=float(s["rlnOffsetRange"]), offset_step=float(s["rlnOffsetStep"]),
-        oversampling=int(general["rlnAdaptiveOversampleOrder"]), group=str(s["rlnSymmetryGroup"]),
-        instance=float(s["rlnSamplingPerturbInstance"]), factor=float(s["rlnSamplingPerturbFactor"]),
+        order=s.whole("rlnHealpixOrder"), offset_range=s.number("rlnOffsetRange"), offset_step=s.number("rlnOffsetStep"),
+        oversampling=general.whole("rlnAdaptiveOversampleOrder"), group=str(s["rlnSymmetryGroup"]),
+        instance=s.number("rlnSamplingPerturbInstance"), factor=s.number("rlnSamplingPerturbFactor"),
     )  # fmt: skip
-    if int(first_model["rlnOrientationalPriorMode"]):
+    if first_model.whole("rlnOrientationalPriorMode"):
         sampling = replace(sampling, sigma=2 * sampling.step)
     box, a = models[0].box, models[0].pixel_size
     progress = Progress(
-        iteration=int(general["rlnCurrentIteration"]),
-        shell=resolution_shell(box, a, float(first_model["rlnCurrentResolution"])),
-        increment=int(general["rlnIncrementImageSize"]), high_fsc=bool(int(general["rlnHasHighFscAtResolLimit"])),
-        no_gain=int(general["rlnNumberOfIterWithoutResolutionGain"]),
-        no_change=int(general["rlnNumberOfIterWithoutChangingAssignments"]),
-        change_rotation=float(general["rlnChangesOptimalOrientations"]), change_shift=float(general["rlnChangesOptimalOffsets"]),
-        smallest_rotation=float(general["rlnSmallestChangesOrientations"]), smallest_shift=float(general["rlnSmallestChangesOffsets"]),
-        accuracy_rotation=float(general["rlnOverallAccuracyRotations"]),
-        accuracy_shift=float(general["rlnOverallAccuracyTranslationsAngst"]),
-        converged=bool(int(general["rlnHasConverged"])), ave_pmax=models[0].ave_pmax,
+        iteration=general.whole("rlnCurrentIteration"),
+        shell=resolution_shell(box, a, first_model.number("rlnCurrentResolution")),
+        increment=general.whole("rlnIncrementImageSize"), high_fsc=bool(general.whole("rlnHasHighFscAtResolLimit")),
+        no_gain=general.whole("rlnNumberOfIterWithoutResolutionGain"),
+        no_change=general.whole("rlnNumberOfIterWithoutChangingAssignments"),
+        change_rotation=general.number("rlnChangesOptimalOrientations"), change_shift=general.number("rlnChangesOptimalOffsets"),
+        smallest_rotation=general.number("rlnSmallestChangesOrientations"), smallest_shift=general.number("rlnSmallestChangesOffsets"),
+        accuracy_rotation=general.number("rlnOverallAccuracyRotations"),
+        accuracy_shift=general.number("rlnOverallAccuracyTranslationsAngst"),
+        converged=bool(general.whole("rlnHasConverged")), ave_pmax=models[0].ave_pmax,
     )  # fmt: skip
-    q = particles.particles
     poses = replace(Poses.empty(len(q)), rotation=q.rotation, shift=q.shift, norm=q.norm)
     return State(progress, sampling, models, q, poses), particles

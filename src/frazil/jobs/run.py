@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -39,7 +40,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from frazil.data import BadInput
 from frazil.io.files import atomic_path
-from frazil.jobs.record import check_same, job_record, now, plain, read_json, write_json
+from frazil.jobs.record import check_same, input_record, job_record, now, plain, read_json, write_json
 from frazil.ops.dispatch import set_threads
 from frazil.refine.parallel import join, leave, local_device, world_of_environment
 
@@ -153,7 +154,8 @@ class Run:
     """One run of a job and its directory; a context manager, see the module's docstring.
 
     path: the directory; device: torch.device; threads, seed: numbers; gpu_memory: bytes or None; resumed: an unfinished run is
-    continued; finished: nothing is left to do; stop_requested: a signal came, stop soon (`check_stop` raises Stopped then).
+    continued; finished: nothing is left to do; stop_requested: a signal came, stop soon (`check_stop` raises Stopped then); kept: the
+    iteration that the checkpoint on disk is of, where the job says so.
     """
 
     def __init__(self, job: str, params: BaseModel, options: Options) -> None:
@@ -164,6 +166,7 @@ class Run:
         self.seed = options.seed
         self.gpu_memory = parse_memory(options.gpu_memory)
         self.resumed = self.finished = self.stop_requested = False
+        self.kept: int | None = None
         self._signal = int(signal.SIGINT)
         self._lines: list[str] = []
         self._state: dict[str, Any] = {"state": "queued", "progress": 0.0, "message": ""}
@@ -218,7 +221,7 @@ class Run:
         for leftover in self.path.glob("*.tmp"):
             leftover.unlink()
         old = read_json(self.path / "job.json") if self.resumed else None
-        write_json(self.path / "job.json", record if old is None else {**old, "parameters": record["parameters"]})
+        write_json(self.path / "job.json", record if old is None else {**old, **{key: record[key] for key in ("parameters", "asked")}})
 
     def _open_logs(self) -> None:
         """Send the package's log to log.txt and open events.jsonl."""
@@ -322,6 +325,13 @@ class Run:
 
     # ---- what a job calls
 
+    def settle(self, params: BaseModel) -> None:
+        """Note in job.json what the run uses where that is more than it was asked for: values that follow from its input, and the seed."""
+        path = self.path / "job.json"
+        old = read_json(path) or {}
+        inputs = {**old["inputs"], **input_record(params, known=old["inputs"])}
+        write_json(path, {**old, "parameters": params.model_dump(mode="json"), "seed": self.seed, "inputs": inputs})
+
     def elapsed(self) -> float:
         """Seconds since this process began or resumed the run."""
         return time.monotonic() - self._start
@@ -372,9 +382,21 @@ class Run:
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
     def load_checkpoint(self, name: str = "checkpoint.pt") -> dict[str, Any] | None:
-        """The state saved last, on the CPU; None where there is none."""
+        """The state saved last, on the CPU; None where there is none. Raises BadInput for a file that is damaged."""
         path = self.path / name
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, UnpicklingError) as error:
+            if "can't allocate memory" in str(error):  # the machine is too small, the file may be well
+                raise
+            state = None
+        if isinstance(state, dict):
+            return state
+        written = max(self.path.glob("run_it*_optimiser.star"), default=None) if "continue_" in type(self.params).model_fields else None
+        other = f", or go on with --continue {written} and another --output" if written else ""
+        raise BadInput(f"{path}: is damaged, the run cannot resume from it; delete the file to start from the beginning{other}")
 
 
 def spoken_time(seconds: float) -> str:

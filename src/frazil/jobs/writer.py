@@ -3,7 +3,8 @@
     with Writer() as writer:
         for state in …:
             writer.do(lambda state=state: write_iteration(state))          # every one of these is done, in order
-            writer.newest("checkpoint", lambda state=state: save(state))   # done when nothing else waits; the next one replaces it
+            writer.newest("checkpoint", lambda state=state: save(state), 10)  # done when nothing else waits and ten times as long as
+                                                                           # the last one took has passed; the next one replaces it
                                                                            # leaving waits for all that is left
 A failure (a full disk) is raised by the next call, or on leaving.
 """
@@ -20,11 +21,11 @@ class Writer:
 
     def __init__(self, most: int = 2) -> None:
         self._most, self._work, self._error = most, list[Callable[[], object]](), None
-        self._newest: dict[str, tuple[Callable[[], object], float]] = {}  # by name: work, and the time before which it need not be done
+        self._newest: dict[str, tuple[Callable[[], object], float]] = {}  # by name: work, and how long it rests after the one before
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="frazil-writer", daemon=True)
-        self._done: dict[str, float] = {}
+        self._done: dict[str, tuple[float, float]] = {}  # by name: when the last one ended, and how many seconds it took
 
     def __enter__(self) -> Writer:
         self._thread.start()
@@ -48,25 +49,31 @@ class Writer:
             self._work.append(work)
             self._changed.notify_all()
 
-    def newest(self, name: str, work: Callable[[], object], every: float = 0.0) -> None:
+    def newest(self, name: str, work: Callable[[], object], rest: float = 0.0) -> None:
         """Have `work` done when nothing else waits, unless more work of that name is given before. Does not wait.
 
-        every: seconds that should lie between two of that name (on leaving, the last is done at once).
+        rest: how many times as long as the last of that name took should pass after it (on leaving, the last is done at once): that
+        work takes 1 / (1 + rest) of the time at most.
         """
         self._raise()
         with self._changed:
-            self._newest[name] = work, self._done.get(name, -float("inf")) + every
+            self._newest[name] = work, rest
             self._changed.notify_all()
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
+    def _due(self, name: str) -> float:
+        """The time before which the newest work of a name need not be done; asked when the one before has ended."""
+        ended, took = self._done.get(name, (-float("inf"), 0.0))
+        return ended + self._newest[name][1] * took
+
     def _next(self) -> tuple[str, Callable[[], object]] | None:
         """What to do now (a name where it is a newest one); None: wait."""
         if self._work:
             return "", self._work.pop(0)
-        ready = [name for name, (_, due) in self._newest.items() if self._closed or due <= time.monotonic()]
+        ready = [name for name in self._newest if self._closed or self._due(name) <= time.monotonic()]
         return (ready[0], self._newest.pop(ready[0])[0]) if ready else None
 
     def _run(self) -> None:
@@ -75,9 +82,10 @@ class Writer:
                 while (item := self._next()) is None:
                     if self._closed:
                         return
-                    first = min((due for _, due in self._newest.values()), default=None)
+                    first = min((self._due(name) for name in self._newest), default=None)
                     self._changed.wait(None if first is None else max(0.0, first - time.monotonic()))
                 self._changed.notify_all()
+            began = time.monotonic()
             try:
                 item[1]()
             except BaseException as error:
@@ -86,4 +94,5 @@ class Writer:
                     self._changed.notify_all()
                 return
             if item[0]:
-                self._done[item[0]] = time.monotonic()
+                ended = time.monotonic()
+                self._done[item[0]] = ended, ended - began
