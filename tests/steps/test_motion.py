@@ -134,6 +134,7 @@ def test_saturated_frames_are_left_out(movie) -> None:
     without = correct_motion(Stack(dark), OPTICS, settings)
     assert torch.equal(result.track, without.track) and torch.equal(result.bad, without.bad)
     assert torch.allclose(result.micrograph, without.micrograph, atol=1e-4)
+    assert result.spectrum is not None and without.spectrum is not None
     assert torch.allclose(result.spectrum, without.spectrum, rtol=1e-4)
 
 

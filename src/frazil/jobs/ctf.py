@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from frazil.data import BadInput
 from frazil.io.micrographs import Micrographs, micrograph_header, read_micrographs
-from frazil.io.mrc import read_header, write_mrc
-from frazil.io.star import read_star, write_star
+from frazil.io.mrc import write_mrc
+from frazil.io.star import read_whole_star, write_star
 from frazil.jobs.ctf_picture import write_picture
 from frazil.jobs.ctf_report import write_report
 from frazil.jobs.pick_files import Spent, Writers, output_names, read_ahead
+from frazil.jobs.resuming import are_whole
 from frazil.jobs.run import Run
 from frazil.maths.thon import PolarBins
 from frazil.ops.dispatch import set_threads
@@ -104,7 +104,9 @@ def run(params: Params, run: Run) -> None:
     """Write NAME.ctf, NAME_ctf.png and NAME_ctf.star of every micrograph that is not done, then micrographs_ctf.star and report.html."""
     job = _prepare(params, run)
     total = len(job.table)
-    todo = [i for i in range(total) if not (run.resumed and is_done(job.outputs(i)))]
+    todo = [i for i in range(total) if not (run.resumed and is_done(job.outputs(i), job.table.names[i]))]
+    if run.resumed:
+        run.note(f"{total - len(todo)} of {total} micrographs are there and whole")
     spent = Spent()
     # CPU threads each have a micrograph of their own. A GPU makes the spectra, one after the other, and leaves what is small to them: a fit
     # is thousands of steps on few numbers, which a core does as fast, and there are several.
@@ -175,27 +177,19 @@ def _with_optics(table: Micrographs, params: Params) -> Micrographs:
     return replace(table, optics=optics)
 
 
-def is_done(files: Sequence[Path]) -> bool:
-    """Whether the files of a micrograph are there and whole: read, not only looked for."""
-    image, picture, star = files
-    try:
-        read_header(image)
-        _values(star)
-        with open(picture, "rb") as file:
-            file.seek(-8, 2)
-            return file.read() == b"IEND\xaeB`\x82"  # the end of every PNG
-    except (BadInput, OSError):
-        return False
+def is_done(files: Sequence[Path], name: str) -> bool:
+    """Whether the files of the micrograph `name` are there and whole."""
+    return are_whole(files, lambda star: _values(star, name))
 
 
-def _values(path: Path) -> dict[str, Any]:
-    """data_ctf of a NAME_ctf.star. Raises BadInput where it is not whole."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of rows that are cut off: counted below
-        star = read_star(path)
+def _values(path: Path, name: str) -> dict[str, Any]:
+    """data_ctf of a NAME_ctf.star. Raises BadInput where it is not whole, or that of another micrograph."""
+    star = read_whole_star(path)
     found, curves = star.get("ctf"), star.get("equiphase_average")
-    if star.skipped_rows or not isinstance(found, dict) or "frazilFlags" not in found or not isinstance(curves, pd.DataFrame):
+    if not isinstance(found, dict) or "frazilFlags" not in found or not isinstance(curves, pd.DataFrame):
         raise BadInput(f"{path}: is not a whole file of `frazil ctf`")
+    if found.get("rlnMicrographName") != name:
+        raise BadInput(f"{path}: is of {found.get('rlnMicrographName')}, not of {name}")
     return found
 
 
@@ -289,7 +283,7 @@ def _record(job: _Job, index: int, result: CtfResult, seconds: float) -> None:
 def _conclude(job: _Job) -> None:
     """micrographs_ctf.star of those with rings, lists of the others, report, summary."""
     run, total, bad = job.run, len(job.table), job.bad
-    values = {i: _values(job.outputs(i)[2]) for i in range(total) if i not in bad}
+    values = {i: _values(job.outputs(i)[2], job.table.names[i]) for i in range(total) if i not in bad}
     good = [i for i, v in values.items() if int(v["frazilRingsFound"])]
     none = [i for i in values if i not in good]
     path = run.path / "micrographs_ctf.star"
