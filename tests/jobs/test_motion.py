@@ -149,7 +149,7 @@ def test_a_list_that_grew_is_gone_on_with_and_any_other_change_is_named(project:
     assert main(again) == 0  # one more that is not there: left out, as others are
     listed(["Movies/0.tif", "Early/a.tif", "Movies/a.tif", "Movies/b.mrcs", "More/b.mrcs"])
     assert main(again) == 2 and "add rows at the end" in capsys.readouterr().err
-    Path("out/list.star").unlink()
+    Path("out/list.copy").unlink()
     assert main(again) == 2 and "no copy of the old one" in capsys.readouterr().err
 
 

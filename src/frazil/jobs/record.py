@@ -149,7 +149,7 @@ def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> bool:
         if name not in new["inputs"] or new["inputs"][name]["checksum"] == was["checksum"]:
             continue
         now, differs = new["inputs"][name]["path"], ""
-        if ITEMWISE.get(old["job"]) == name:
+        if ITEMWISE.get(old["job"]) == name and now.endswith(".star"):
             differs = list_difference(path, old["job"], Path(now))
             if not differs:
                 continue

@@ -20,7 +20,7 @@ from frazil.io.star import first_table, read_star
 
 ITEMWISE = {"motion": "movies", "ctf": "micrographs", "pick": "micrographs", "extract": "micrographs"}  # job → its list
 NAMES = {"movies": "rlnMicrographMovieName", "micrographs": "rlnMicrographName"}
-COPY = "list.star"  # of the list, in the run directory
+COPY = "list.copy"  # of the list, in the run directory; not .star: a folder of coordinates is read by that ending
 OUTPUTS = "outputs.json"  # files of a finished run
 PNG_END = b"IEND\xaeB`\x82"
 GROUP = "rlnOpticsGroup"  # a number that may change as groups are added: what the group says is compared
@@ -55,8 +55,8 @@ def keep_list(run_dir: Path, job: str, inputs: Mapping[str, Mapping[str, str]]) 
 def list_difference(run_dir: Path, job: str, new: Path) -> str:
     """What differs between a run's list and `new` other than rows added, in words; "" if nothing does."""
     old, label = run_dir / COPY, NAMES[ITEMWISE[job]]
-    if new.suffix != ".star" or not old.is_file():
-        return "its content has changed, and there is no copy of the old one to compare rows with"
+    if not old.is_file():
+        return "there is no copy of the old one to compare rows with"
     before, now = _rows(old, label), _rows(new, label)
     gone = [name for name in before if name not in now]
     if gone:
