@@ -11,7 +11,7 @@
 
 The directory holds job.json (what was asked), state.json (how it stands, with a heartbeat), events.jsonl (a line a
 measurement), log.txt, RELION_JOB_EXIT_SUCCESS or _FAILURE, and the job's outputs. `kill -9` at any moment leaves a directory
-that --resume continues from the last checkpoint.
+that --resume continues from the last checkpoint. What --resume looks at besides (list.copy, outputs.json): jobs/resuming.py.
 """
 from __future__ import annotations
 
