@@ -1,13 +1,16 @@
 """Movies of every container: round trips, orientation, packed pixels, and what is refused."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from frazil.data import BadInput
 from frazil.io.eer import Corrupt, decode_fixed, encode_frame, events_of, write_eer
+from frazil.io.movie_table import MotionRecord, read_motion, write_motion
 from frazil.io.movies import open_movie, unpack_nibbles, write_mrc_movie, write_tiff
 
 F = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], np.uint8)  # row 0 is the bottom: a letter F
@@ -124,3 +127,23 @@ def test_what_is_refused(tmp_path: Path, np_rng: np.random.Generator) -> None:
     for name in ("none.tif", "a.dm4"):
         with pytest.raises(BadInput, match=name):
             open_movie(tmp_path / name)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_motion_that_was_cut_off_anywhere_is_seen(tmp_path: Path, rng: torch.Generator, recwarn, local: bool) -> None:
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    hot = torch.tensor([[3, 4], [10, 2]])
+    record = MotionRecord({"rlnImageSizeX": 20, "rlnImageSizeZ": 4}, random(4, 2), torch.tensor([True, False, True, True]),
+                          random(2, 18) if local else None, hot, random(4, 9, 2), random(9, 2))  # fmt: skip
+    path = tmp_path / "m.star"
+    write_motion(path, record, "a comment")
+    found, whole = read_motion(path, whole=True), path.read_bytes()
+    assert torch.equal(found.track[found.observed], record.track[record.observed]) and torch.equal(found.hot, hot)
+    between = [found.start() for found in re.finditer(b"\n# version", whole)]  # where nothing looks torn
+    for end in [*range(0, len(whole) - 20, 41), *range(len(whole) - 20, len(whole) - 1), *between]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(BadInput):
+            read_motion(path, whole=True)
+    assert not recwarn.list

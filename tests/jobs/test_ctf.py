@@ -100,20 +100,23 @@ def test_resume_redoes_what_is_missing_or_half_written(project: Path, monkeypatc
     assert main(COMMAND) == 0
     table = Path("out/micrographs_ctf.star").read_text()
     files = [Path(f"out/mics/a{ending}") for ending in (".ctf", "_ctf.png", "_ctf.star")]
-    assert ctf.is_done(files)
+    assert ctf.is_done(files, "mics/a.mrc") and not ctf.is_done(files, "elsewhere/a.mrc")
     for path in files:  # each must be whole
         whole = path.read_bytes()
         path.write_bytes(whole[: int(0.7 * len(whole))])
-        assert not ctf.is_done(files), path
+        assert not ctf.is_done(files, "mics/a.mrc"), path
         if path != files[-1]:
             path.write_bytes(whole)
-    state = Path("out/state.json")
-    state.write_text(state.read_text().replace('"done"', '"stopped"'))
     done: list[str] = []
     work = ctf.finish
     monkeypatch.setattr(ctf, "finish", lambda task: done.append(task.name) or work(task))
     assert main([*COMMAND, "--resume"]) == 0
     assert done == ["mics/a.mrc"] and Path("out/micrographs_ctf.star").read_text() == table
+    Path("out/micrographs_ctf.star").unlink()
+    listed(["mics/noise.mrc", "mics/a.mrc", "mics/b.mrc"])  # grown, not even at its end
+    assert main([*COMMAND, "--resume"]) == 0
+    assert done == ["mics/a.mrc", "mics/noise.mrc"] and Path("out/micrographs_ctf.star").read_text() == table  # noise shows no rings
+    assert read_star("out/left_out.star")["micrographs"]["rlnMicrographName"].tolist() == ["mics/noise.mrc"]
 
 
 def test_processes_find_what_threads_do(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

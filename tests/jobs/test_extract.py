@@ -12,7 +12,7 @@ from frazil.data import BadInput
 from frazil.io.mrc import read_header, read_stack, write_mrc
 from frazil.io.particles import open_images, read_particles
 from frazil.io.star import read_star, write_star
-from frazil.jobs import extract
+from frazil.jobs import extract, extract_work
 from frazil.jobs.run import Options, execute
 
 PLACES = {"a": [(60.3, 50.7), (120.0, 80.5), (30.25, 100.75)], "b": [(70.6, 60.2), (150.5, 40.4)]}
@@ -164,6 +164,84 @@ def test_an_interrupted_run_goes_on(project, monkeypatch):
     same = [(folder / "particles.star").read_text().replace("part/", "whole/") for folder in (whole, out)]
     assert same[0] == same[1]
     assert torch.equal(read_stack(whole / "b.mrcs"), read_stack(out / "b.mrcs"))
+
+
+def made_anew(monkeypatch) -> list[str]:
+    """Filled with the names of the stacks that are extracted from now on."""
+    names: list[str] = []
+    real = extract_work.finish
+    monkeypatch.setattr(extract_work, "finish", lambda job, item, *rest: names.append(item.base) or real(job, item, *rest))
+    return names
+
+
+def test_a_finished_run_redoes_what_is_missing_or_cut_off(project, monkeypatch):
+    with open("a_autopick.star", "a") as file:
+        file.write("500 500 1 0.1\n")  # outside
+    out = extracted("out", min_distance=1.0)
+    done = made_anew(monkeypatch)
+    star, stack = out / "a_extract.star", out / "a.mrcs"
+    whole, table = {path: path.read_bytes() for path in (star, stack)}, (out / "particles.star").read_bytes()
+    last_block = whole[star].index(b"\n# version", whole[star].index(b"data_particles"))
+    cuts = [(star, n) for n in (last_block, int(0.6 * len(whole[star])), len(whole[star]) - 2)]
+    for path, length in [*cuts, (stack, 3000), (star, None), (stack, None)]:
+        path.unlink() if length is None else path.write_bytes(whole[path][:length])
+        extracted("out", resume=True, min_distance=1.0)
+        assert done == ["a"] and path.read_bytes() == whole[path], (path, length)
+        done.clear()
+    (out / "particles.star").unlink()
+    extracted("out", resume=True, min_distance=1.0)
+    assert not done and (out / "particles.star").read_bytes() == table
+    page = (out / "report.html").read_text()  # of particles that were there before, with what was left out of them
+    assert "1 positions are outside" in page and "(first: a.mrc)" in page and "Every so manyth particle" in page
+
+
+def test_lists_that_grew_are_gone_on_with_and_other_picks_are_extracted_anew(project, monkeypatch):
+    both = {name: Path(f"{name}.star").read_text() for name in ("micrographs", "autopick")}
+    for name, text in both.items():
+        Path(f"{name}.star").write_text("".join(line for line in text.splitlines(keepends=True) if "b.mrc" not in line))
+    out = extracted("out")
+    done = made_anew(monkeypatch)
+    Path("micrographs.star").write_text(both["micrographs"])
+    extracted("out", resume=True)
+    assert done == []  # picks are still those of one micrograph
+    Path("autopick.star").write_text(both["autopick"])
+    extracted("out", resume=True)
+    whole = extracted("whole")
+    assert done == ["b", "a", "b"]  # a, b: of the run that began with both
+    same = [(folder / "particles.star").read_text().replace("whole/", "out/") for folder in (whole, out)]
+    assert same[0] == same[1]
+    done.clear()
+    picks = Path("b_autopick.star").read_text()
+    Path("b_autopick.star").write_text(picks.replace(" 0.9", " 0.95"))  # a score, which is carried along
+    extracted("out", resume=True)
+    assert done == ["b"]
+    write_micrographs(lambda star: star["micrographs"].__setitem__("rlnDefocusU", [10000.0, 12500.0]))
+    with pytest.raises(BadInput, match=r"--micrographs, .*row 2, b.mrc: _rlnDefocusU was 12000.0 and is 12500.0; rows may only be added"):
+        extracted("out", resume=True)
+
+
+def test_joined_stacks_grow_at_their_end(project, monkeypatch):
+    monkeypatch.setattr(extract_work, "SHOWN", 3)
+    Path("all.star").write_text(Path("autopick.star").read_text())
+    Path("autopick.star").write_text("".join(x for x in Path("all.star").read_text().splitlines(keepends=True) if "b.mrc" not in x))
+    write_micrographs(lambda star: star["micrographs"].__setitem__("rlnOpticsGroup", 3))
+    out = extracted("out", stack_size=100)
+    Path("autopick.star").write_text(Path("all.star").read_text())
+    extracted("out", stack_size=100, resume=True)  # one stack of both now
+    whole = extracted("whole", stack_size=100)
+    assert torch.equal(read_stack(whole / "stacks/000001.mrcs"), read_stack(out / "stacks/000001.mrcs"))
+    assert (out / "particles.star").read_text() == (whole / "particles.star").read_text().replace("whole/", "out/")
+
+
+def test_a_micrograph_that_can_be_read_again_is_extracted_on_resume(project, monkeypatch):
+    write_micrographs(lambda star: star["micrographs"].__setitem__("rlnOpticsGroup", 3))
+    good = (project / "a.mrc").read_bytes()
+    (project / "a.mrc").write_bytes(good[:5000])
+    out = extracted("out", stack_size=100)
+    assert len(read_particles(out / "particles.star")) == len(PLACES["b"])
+    (project / "a.mrc").write_bytes(good)
+    extracted("out", stack_size=100, resume=True)
+    assert len(read_particles(out / "particles.star")) == len(PLACES["a"]) + len(PLACES["b"])
 
 
 def test_a_corrupt_micrograph_is_left_out_and_the_rest_goes_on(project):

@@ -76,19 +76,81 @@ def test_files_and_labels(project: Path) -> None:
     assert "Motion by frame" in Path("out/report.html").read_text()
 
 
-def test_resume_redoes_what_is_missing_or_half_written(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def redone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Filled with the names of movies that are computed from now on."""
     from frazil.jobs import motion
 
-    assert main(COMMAND) == 0
-    good = read_mrc("out/Movies/a.mrc").data
-    Path("out/Movies/a.mrc").write_bytes(Path("out/Movies/a.mrc").read_bytes()[:5000])
-    state = Path("out/state.json")
-    state.write_text(state.read_text().replace('"done"', '"stopped"'))
-    done = []
+    names: list[str] = []
     work = motion._correct
-    monkeypatch.setattr(motion, "_correct", lambda job, index, *rest: done.append(index) or work(job, index, *rest))
+    monkeypatch.setattr(motion, "_correct", lambda job, index, *rest: names.append(job.table.names[index]) or work(job, index, *rest))
+    return names
+
+
+def test_resume_redoes_what_is_missing_or_half_written(project: Path, monkeypatch: pytest.MonkeyPatch, recwarn) -> None:
+    command = [*COMMAND, "--aligned-frames", "--threads", "1"]
+    assert main(command) == 0
+    star = Path("out/Movies/a.star")
+    good = {path: path.read_bytes() for path in Path("out/Movies").glob("a*")}
+    table = Path("out/corrected_micrographs.star").read_bytes()
+    assert {path.name for path in good} == {"a.mrc", "a_PS.mrc", "a_frames.mrcs", "a.star"}
+    done = redone(monkeypatch)
+    cuts = {**{path: [5000] for path in good}, star: [int(0.8 * len(good[star])), len(good[star]) - 3]}
+    for path, lengths in cuts.items():
+        for length in lengths:
+            path.write_bytes(good[path][:length])
+            assert main([*command, "--resume"]) == 0  # of a finished run
+            assert done == ["Movies/a.tif"], (path, length)
+            assert path.read_bytes()[1024:] == good[path][1024:]  # MRC headers say when they were written
+            done.clear()
+    Path("out/Movies/a_frames.mrcs").unlink()
+    Path("out/corrected_micrographs.star").unlink()
+    assert main([*command, "--resume"]) == 0
+    assert done == ["Movies/a.tif"] and Path("out/corrected_micrographs.star").read_bytes() == table
+    assert main([*command, "--resume"]) == 0
+    assert done == ["Movies/a.tif"] and "2 of 2 movies are there and whole" in Path("out/log.txt").read_text()
+    assert not [w for w in recwarn if "few values" in str(w.message)]
+
+
+def test_hot_pixels_at_the_end_of_a_file_are_not_lost(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hot = frames(1)
+    hot[:, 40, 50] = 200
+    write_tiff("Movies/a.tif", hot)
+    assert main(COMMAND) == 0
+    star = Path("out/Movies/a.star")
+    good = star.read_bytes()
+    assert good.rindex(b"data_") == good.index(b"data_hot_pixels")
+    star.write_bytes(good[: good.index(b"data_hot_pixels") - len(b"\n# version 30001\n\n")])  # cut between two blocks: nothing looks torn
+    done = redone(monkeypatch)
     assert main([*COMMAND, "--resume"]) == 0
-    assert done == [0] and torch.equal(read_mrc("out/Movies/a.mrc").data, good)
+    assert done == ["Movies/a.tif"] and star.read_bytes() == good
+
+
+def test_a_list_that_grew_is_gone_on_with_and_any_other_change_is_named(project: Path, monkeypatch, capsys) -> None:
+    write_tiff("Movies/0.tif", frames(3))
+    assert main(COMMAND) == 0
+    done = redone(monkeypatch)
+    again = [*COMMAND, "--resume"]
+    listed(["Movies/0.tif", "Movies/a.tif", "Movies/b.mrcs"])  # sorted by name, as import lists them
+    assert main(again) == 0 and done == ["Movies/0.tif"]
+    assert [Path(name).stem for name in read_micrographs("out/corrected_micrographs.star").names] == ["0", "a", "b"]
+    assert main(again) == 0 and done == ["Movies/0.tif"]
+    capsys.readouterr()
+    listed(["Movies/a.tif", "Movies/b.mrcs"])
+    assert main(again) == 2
+    said = capsys.readouterr().err
+    assert "--movies" in said and "has changed since" in said and "1 of the 3 rows that it had are gone (first: Movies/0.tif)" in said
+    listed(["Movies/0.tif", "Movies/a.tif", "Movies/b.mrcs"])
+    movies = Path("movies.star")
+    movies.write_text(movies.read_text().replace("200.0", "300.0"))
+    assert main(again) == 2 and "row 1, Movies/0.tif: data_optics _rlnVoltage was 200.0 and is 300.0" in capsys.readouterr().err
+    movies.write_text(movies.read_text().replace("300.0", "200.00"))  # the same number
+    assert main(again) == 0 and done == ["Movies/0.tif"]
+    listed(["Movies/0.tif", "Movies/a.tif", "Movies/b.mrcs", "More/b.mrcs"])
+    assert main(again) == 0  # one more that is not there: left out, as others are
+    listed(["Movies/0.tif", "Early/a.tif", "Movies/a.tif", "Movies/b.mrcs", "More/b.mrcs"])
+    assert main(again) == 2 and "add rows at the end" in capsys.readouterr().err
+    Path("out/list.copy").unlink()
+    assert main(again) == 2 and "no copy of the old one" in capsys.readouterr().err
 
 
 def test_movies_side_by_side_are_those_done_one_by_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

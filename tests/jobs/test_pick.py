@@ -90,6 +90,60 @@ def test_a_resumed_run_keeps_what_is_there_and_does_the_rest(made, tmp_path, mon
         assert np.allclose(a[[X, Y, SCORE]], b[[X, Y, SCORE]], atol=1e-3)
 
 
+def test_a_finished_run_redoes_what_is_missing_or_cut_off(made, tmp_path, monkeypatch):
+    out, options = tmp_path / "out", {"pictures": True, "write_fom": True, "threshold": 0.2, "angular_step": 60.0}
+    picked(made, out, **options)
+    real, done = pick.finish, []
+    monkeypatch.setattr(pick, "finish", lambda *args: done.append(args[4]) or real(*args))
+    base = next(str(path.relative_to(out)).removesuffix("_autopick.star") for path in sorted(out.rglob("*_autopick.star")))
+    page, summary = (out / "report.html").read_text(), (out / "summary.star").read_bytes()
+    star, picture = out / f"{base}_autopick.star", out / "pictures" / f"{base}.png"
+    maps, grid = out / "fom" / f"{base}_psi.mrc", out / "fom" / f"{base}_grid.json"
+    whole = {path: path.read_bytes() for path in (star, picture, maps, grid)}
+    rows = whole[star].splitlines(keepends=True)
+    cuts = {star: [len(b"".join(rows[:-4])), int(0.8 * len(whole[star])), len(whole[star]) - 3, None],
+            picture: [700, None], maps: [3000, None], grid: [10, None]}  # fmt: skip
+    for path, lengths in cuts.items():
+        for length in lengths:
+            path.unlink() if length is None else path.write_bytes(whole[path][:length])
+            picked(made, out, resume=True, **options)
+            assert done == [base], (path, length)
+            assert path == maps or path.read_bytes() == whole[path]
+            done.clear()
+    (out / "autopick.star").unlink()
+    picked(made, out, resume=True, **options)
+    assert not done and len(read_coordinates(out / "autopick.star")) == 2 and (out / "summary.star").read_bytes() == summary
+
+    def pictures(text: str) -> list[str]:
+        return [part.split('"')[0] for part in text.split("data:image/jpeg;base64,")[1:]]
+
+    assert len(pictures(page)) == 2 and pictures((out / "report.html").read_text()) == pictures(page)  # also of what was kept
+    picked(made, tmp_path / "again", read_fom=str(out), threshold=0.6)
+    picked(made, tmp_path / "again", read_fom=str(out), threshold=0.6, resume=True)
+    assert len(pictures((tmp_path / "again" / "report.html").read_text())) == 2
+
+
+def test_a_threshold_too_low_is_still_said_of_what_was_kept(made, tmp_path):
+    for resume in (False, True):
+        picked(made, tmp_path / "out", threshold=-50.0, resume=resume)
+        assert "selects nearly everything in 2 micrographs" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_list_that_grew_is_gone_on_with(made, tmp_path, monkeypatch):
+    star = changed_star(made, tmp_path / "mics.star", lambda s: s.update(micrographs=s["micrographs"].iloc[:1]))
+    out, options = tmp_path / "out", {"angular_step": 90.0}
+    picked(made, out, star, **options)
+    real, done = pick.finish, []
+    monkeypatch.setattr(pick, "finish", lambda *args: done.append(args[3]) or real(*args))
+    changed_star(made, star, lambda s: None)
+    picked(made, out, star, resume=True, **options)
+    assert done == [1] and len(read_coordinates(out / "autopick.star")) == 2
+    assert (out / "report.html").read_text().count("data:image/jpeg") == 2
+    changed_star(made, star, lambda s: s["micrographs"].__setitem__("rlnDefocusU", 9000.0))
+    with pytest.raises(BadInput, match="row 1, .*: _rlnDefocusU was .* and is 9000.0; rows may only be added"):
+        picked(made, out, star, resume=True, **options)
+
+
 def test_corrupt_micrographs_are_left_out_and_counted(made, tmp_path):
     bad = tmp_path / "bad.mrc"
     bad.write_bytes((made / "micrographs/mic0001.mrc").read_bytes()[:5000])

@@ -65,6 +65,33 @@ def test_a_directory_with_a_run_is_refused_without_resume(table: Path, tmp_path:
     assert read_events(out) == before
 
 
+def test_a_finished_run_names_the_files_it_has_lost(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    start(table, out)
+    options = Options(output=out, device="cpu", resume=True, seed=1)
+
+    def said() -> str:
+        assert execute("counting", counting.run, counting.Params(table=table), options).finished
+        return " ".join(capsys.readouterr().err.split())
+
+    (out / "checkpoint.pt").unlink()  # nobody goes on from a finished run
+    (out / "log.txt").unlink()
+    assert said().endswith("the counting run is finished already, nothing to do")
+    (out / "sum.txt").write_text("1")
+    assert "nothing to do warning: since then 1 of its files were lost: sum.txt is not whole (1 of " in said()
+    (out / "sum.txt").unlink()
+    assert "sum.txt is missing; to make them again give another --output" in said()
+    (out / "outputs.json").unlink()  # a run of an earlier version
+    assert said().endswith("nothing to do")
+
+
+def test_an_input_that_changed_in_its_place_is_said_so(table: Path, tmp_path: Path) -> None:
+    start(table, tmp_path / "run")
+    table.write_text(table.read_text() + "# changed\n")
+    with pytest.raises(BadInput, match=r"--table, .*, has changed since the run was started; restore it or give another"):
+        start(table, tmp_path / "run", resume=True)
+
+
 def test_directories_that_hold_something_else_are_refused(table: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")

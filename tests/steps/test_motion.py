@@ -10,7 +10,7 @@ from frazil.data import BadInput, Optics, Volume
 from frazil.maths.motion import total_shift
 from frazil.simulate.movies import MovieSettings, SimulatedMovie, simulate_movie
 from frazil.simulate.phantom import density, phantom
-from frazil.steps.motion import MotionSettings, correct_motion, group_starts, spread
+from frazil.steps.motion import MotionSettings, correct_motion, group_starts, spread, usable_frames
 
 OPTICS = Optics(2.0)
 
@@ -117,6 +117,39 @@ def test_empty_frames_are_left_out_and_hopeless_movies_refused(movie) -> None:
                           "finite")):  # fmt: skip
         with pytest.raises(BadInput, match=said):
             correct_motion(Stack(bad), OPTICS, MotionSettings())
+
+
+def test_saturated_frames_are_left_out(movie) -> None:
+    _, frames = movie
+    settings = MotionSettings(dose=6.0, patches=(1, 1), spectrum_size=64)
+    some = torch.tensor([True, True, False, True, False, True, True])
+    spoilt = frames[:7].clone()
+    spoilt[2] = 255  # all of it
+    spoilt[4] = 255
+    spoilt[4, ::7, ::5] = 0  # but for dead pixels: not one value, yet many times the counts of the others
+    result = correct_motion(Stack(spoilt), OPTICS, settings)
+    assert result.observed.tolist() == some.tolist()
+    assert result.notes == ["frames with one value everywhere left out: 3", "frames of more than 4 times the usual counts left out: 5"]
+    dark = torch.where(some[:, None, None], spoilt, torch.zeros_like(spoilt))  # known to be left out
+    without = correct_motion(Stack(dark), OPTICS, settings)
+    assert torch.equal(result.track, without.track) and torch.equal(result.bad, without.bad)
+    assert torch.allclose(result.micrograph, without.micrograph, atol=1e-4)
+    assert result.spectrum is not None and without.spectrum is not None
+    assert torch.allclose(result.spectrum, without.spectrum, rtol=1e-4)
+
+
+def test_which_frames_count() -> None:
+    def observed(means: list[float], flat: tuple[int, ...] = ()) -> list[bool]:
+        values = torch.tensor(means, dtype=torch.float64)
+        return usable_frames(values, torch.arange(4.0), torch.tensor([i in flat for i in range(len(means))]))[0].tolist()
+
+    assert observed([3.0, 2.5, 1.0, 1.0, 0.9, 1.1]) == [True] * 6  # a real first frame may have three times the dose
+    assert observed([1.0, 1.0, 1.0, 1.0, 5.0]) == [True] * 4 + [False]
+    assert observed([255.0, 255.0, 255.0, 2.0, 2.1], flat=(0, 1, 2)) == [False] * 3 + [True] * 2  # most are saturated
+    assert observed([0.0, 0.0, 0.0, 2.0, 2.1], flat=(0, 1, 2)) == [False] * 3 + [True] * 2  # most are empty
+    assert observed([1.0, 1.0, 7.0, 1.0], flat=(2,)) == [True, True, False, True]
+    with pytest.raises(BadInput, match="only 1 of 3"):
+        observed([255.0, 255.0, 3.0], flat=(0, 1))
 
 
 def test_groups() -> None:

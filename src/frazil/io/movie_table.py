@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from frazil.data import BadInput, Optics
 from frazil.io.images import find_stack
-from frazil.io.star import Star, first_table, read_star, write_star
+from frazil.io.star import Star, first_table, read_star, read_whole_star, write_star
 
 NAME = "rlnMicrographMovieName"
 NOT_OBSERVED = -9999.0
@@ -124,12 +125,15 @@ def write_motion(path: str | os.PathLike[str], record: MotionRecord, comment: st
             "rlnMicrographShiftX": record.patch_shifts[..., 0].reshape(-1).numpy(),
             "rlnMicrographShiftY": record.patch_shifts[..., 1].reshape(-1).numpy(),
         })  # fmt: skip
-    write_star(path, blocks, comment)
+    write_star(path, blocks, f"{comment}; {len(record.hot)} hot pixels")
 
 
-def read_motion(path: str | os.PathLike[str]) -> MotionRecord:
-    """The motion of a movie, from frazil's or RELION's file. Raises BadInput naming the file where blocks or labels are missing."""
-    star = read_star(path)
+def read_motion(path: str | os.PathLike[str], whole: bool = False) -> MotionRecord:
+    """The motion of a movie, from frazil's or RELION's file. Raises BadInput naming the file where blocks or labels are missing.
+
+    whole: of a file of frazil's; BadInput also where any part of it, needed here or not, has been cut off.
+    """
+    star = read_whole_star(path) if whole else read_star(path)
     general = star.get("general")
     if not isinstance(general, dict):
         raise BadInput(f"{path}: has no data_general; expected the STAR file of a movie's motion")
@@ -143,6 +147,12 @@ def read_motion(path: str | os.PathLike[str]) -> MotionRecord:
             raise BadInput(f"{path}: data_local_motion_model does not hold 36 coefficients; correct the movie's motion again")
         coefficients = found.reshape(2, 18)
     hot = _columns(star, "hot_pixels", ("rlnCoordinateX", "rlnCoordinateY"), path, needed=False)
+    if whole:
+        found, said = star.get("local_shift"), re.search(r"([0-9]+) hot pixels", star.comment)
+        patches = len(found) / len(track) if isinstance(found, pd.DataFrame) else 0
+        if (len(track) != general.get("rlnImageSizeZ", len(track)) or (coefficients is not None and (patches < 1 or patches % 1))
+                or (said and int(said[1]) != (0 if hot is None else len(hot)))):  # fmt: skip
+            raise BadInput(f"{path}: is not whole; correct the movie's motion again")
     return MotionRecord(general, track, observed, coefficients, torch.zeros(0, 2, dtype=torch.int64) if hot is None else hot.long(),
                         torch.zeros(len(track), 0, 2, dtype=torch.float64), torch.zeros(0, 2, dtype=torch.float64))  # fmt: skip
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import torch
 from mrcfile.dtypes import HEADER_DTYPE
 from torch import Tensor
 
@@ -104,3 +106,11 @@ def stack_count(path: Path) -> int:
         return read_header(path).shape[0]
     except BadInput:
         return 0
+
+
+def read_some(path: Path, places: Sequence[int]) -> Tensor:
+    """(n, y, x) float32 images of a stack that StackWriter wrote, by place from 0. Raises BadInput where it is not whole."""
+    header = read_header(path)
+    with open(path, "rb") as file:
+        images = np.memmap(file, header.dtype, "r", header.offset, header.shape)
+        return torch.from_numpy(images[list(places)].astype(np.float32))

@@ -55,7 +55,31 @@ def read_star(path: str | os.PathLike[str], text: bool = False) -> Star:
     `skipped_rows` and warned about. Raises BadInput naming the file and line: missing or unreadable file, no data_ block,
     text outside of any table.
     """
+    star = _read(Path(path), text)
+    if star.skipped_rows:
+        warnings.warn(f"{path}: {star.skipped_rows} lines with too few values left out, first line {star.skipped_line}", stacklevel=2)
+    if star.long_line:
+        warnings.warn(f"{path}: line {star.long_line} and perhaps more hold more values than labels; surplus dropped", stacklevel=2)
+    return star
+
+
+def read_whole_star(path: str | os.PathLike[str], text: bool = False) -> Star:
+    """As read_star, of a file that write_star wrote: raises BadInput also where it was cut off or lines are no rows; warns of nothing.
+
+    Where it was cut exactly between two blocks cannot be seen here: look for the last block.
+    """
     path = Path(path)
+    star = _read(path, text)
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2))
+        ended = file.read() == b"\n\n"  # write_star ends each block with an empty line
+    if star.skipped_rows or star.long_line or not ended:
+        raise BadInput(f"{path}: is not whole; it was cut off, or changed by hand")
+    return star
+
+
+def _read(path: Path, text: bool) -> Star:
+    """read_star without its warnings."""
     lines = _lines(path)
     star = Star()
     comments: list[str] = []
@@ -85,10 +109,6 @@ def read_star(path: str | os.PathLike[str], text: bool = False) -> Star:
     if name is None:
         raise BadInput(f"{path}: no data_ block in it; is this a STAR file?")
     star.comment = "\n".join(comments)
-    if star.skipped_rows:
-        warnings.warn(f"{path}: {star.skipped_rows} lines with too few values left out, first line {star.skipped_line}", stacklevel=2)
-    if star.long_line:
-        warnings.warn(f"{path}: line {star.long_line} and perhaps more hold more values than labels; surplus dropped", stacklevel=2)
     return star
 
 

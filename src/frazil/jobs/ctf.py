@@ -97,7 +97,9 @@ class _Job:
 def run(params: Params, run: Run) -> None:
     """Write NAME.ctf, NAME_ctf.png and NAME_ctf.star of every micrograph that is not done, then micrographs_ctf.star and report.html."""
     job = _prepare(params, run)
-    todo = [i for i in range(len(job.table)) if not (run.resumed and is_done(job.outputs(i)))]
+    todo = [i for i in range(len(job.table)) if not (run.resumed and is_done(job.outputs(i), job.table.names[i]))]
+    if run.resumed:
+        run.note(f"{len(job.table) - len(todo)} of {len(job.table)} micrographs are there and whole")
     workers, spent = max(1, min(run.threads, MOST_WORKERS)), Spent()
     before = torch.get_num_threads()
     set_threads(1)
@@ -226,7 +228,7 @@ def _record(job: _Job, index: int, done: Done | BadInput) -> None:
 def _conclude(job: _Job) -> None:
     """micrographs_ctf.star of those with rings, lists of the others, report, summary."""
     run, total, bad = job.run, len(job.table), job.bad
-    values = {i: job.values.get(i) or read_values(job.outputs(i)[2]) for i in range(total) if i not in bad}
+    values = {i: job.values.get(i) or read_values(job.outputs(i)[2], job.table.names[i]) for i in range(total) if i not in bad}
     good = [i for i, v in values.items() if int(v["frazilRingsFound"])]
     none = [i for i in values if i not in good]
     path = run.path / "micrographs_ctf.star"

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from frazil.data import BadInput, Optics
 from frazil.io.micrographs import micrograph_header, read_micrograph
-from frazil.io.mrc import read_header, write_mrc
-from frazil.io.star import read_star, write_star
+from frazil.io.mrc import write_mrc
+from frazil.io.star import read_whole_star, write_star
 from frazil.jobs.ctf_picture import write_picture
+from frazil.jobs.resuming import are_whole
 from frazil.maths.thon import PolarBins
 from frazil.steps.ctf import (
     LEAST_SIDE,
@@ -128,25 +128,17 @@ def _written(task: Task, result: CtfResult) -> dict[str, Any]:
     return values
 
 
-def is_done(files: Sequence[Path]) -> bool:
-    """Whether the files of a micrograph are there and whole: read, not only looked for."""
-    image, picture, star = files
-    try:
-        read_header(image)
-        read_values(star)
-        with open(picture, "rb") as file:
-            file.seek(-8, 2)
-            return file.read() == b"IEND\xaeB`\x82"  # the end of every PNG
-    except (BadInput, OSError):
-        return False
+def is_done(files: Sequence[Path], name: str) -> bool:
+    """Whether the files of the micrograph `name` are there and whole."""
+    return are_whole(files, lambda star: read_values(star, name))
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """data_ctf of a NAME_ctf.star. Raises BadInput where it is not whole."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of rows that are cut off: counted below
-        star = read_star(path)
+def read_values(path: Path, name: str) -> dict[str, Any]:
+    """data_ctf of a NAME_ctf.star. Raises BadInput where it is not whole, or that of another micrograph."""
+    star = read_whole_star(path)
     found, curves = star.get("ctf"), star.get("equiphase_average")
-    if star.skipped_rows or not isinstance(found, dict) or "frazilFlags" not in found or not isinstance(curves, pd.DataFrame):
+    if not isinstance(found, dict) or "frazilFlags" not in found or not isinstance(curves, pd.DataFrame):
         raise BadInput(f"{path}: is not a whole file of `frazil ctf`")
+    if found.get("rlnMicrographName") != name:
+        raise BadInput(f"{path}: is of {found.get('rlnMicrographName')}, not of {name}")
     return found

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from frazil.data import BadInput
 from frazil.io.micrographs import Micrographs, read_micrographs
 from frazil.jobs.extract_files import (
-    Item,
     Wanted,
-    finished_part,
     make_items,
     optics_rows,
     pick_positions,
@@ -21,7 +20,7 @@ from frazil.jobs.extract_files import (
     write_lists,
 )
 from frazil.jobs.extract_report import write_report
-from frazil.jobs.extract_work import Job, Made, Tally, work
+from frazil.jobs.extract_work import Job, Made, Tally, kept_before, work
 from frazil.jobs.run import Run
 from frazil.maths.tiling import good_size, is_good
 from frazil.steps.extract import BACKGROUND, ExtractSettings, box_for
@@ -99,10 +98,12 @@ def run(params: Params, run: Run) -> None:
     distance = params.min_distance if params.min_distance is not None else NEARBY if params.particles else 0.0
     job = Job(micrographs, wanted, settings, optics, params.precision, distance, params.max_outside, params.premultiply, run.seed)
     items = make_items(run.path, micrographs, wanted, params.stack_size)
-    done = {item.base: part for item in items if run.resumed and (part := finished_part(item)) is not None}
-    tally = Tally()
-    made = work(job, [item for item in items if item.base not in done], run, tally)
-    conclude(params, run, job, items, {**done, **made.parts}, made, tally)
+    tally, made = Tally(), Made()
+    if run.resumed:
+        kept_before(job, items, tally, made)
+        run.note(f"{len(made.parts)} of {len(items)} stacks are there and whole")
+    work(job, [item for item in items if item.base not in made.parts], run, tally, made)
+    conclude(params, run, job, {item.base: made.parts[item.base] for item in items if item.base in made.parts}, made, tally)
 
 
 def without_ctf(micrographs: Micrographs, wanted: Wanted, run: Run) -> None:
@@ -152,7 +153,7 @@ def even(side: int, option: str, run: Run) -> int:
     return side + side % 2
 
 
-def conclude(params: Params, run: Run, job: Job, items: list[Item], parts: dict, made: Made, tally: Tally) -> None:
+def conclude(params: Params, run: Run, job: Job, parts: dict[str, pd.DataFrame], made: Made, tally: Tally) -> None:
     """particles.star, report, and what a person wants to know."""
     total = sum(map(len, parts.values()))
     if not total:
@@ -161,7 +162,7 @@ def conclude(params: Params, run: Run, job: Job, items: list[Item], parts: dict,
     lines = [*made.bad, *tally.lines(params.max_outside, job.distance)]
     for line in lines[len(made.bad) :]:
         run.warn(line)
-    write_lists(run.path, job.optics, [parts[item.base] for item in items if item.base in parts], job.wanted.blocks)
+    write_lists(run.path, job.optics, list(parts.values()), job.wanted.blocks)
     sizes = sorted({float(size) for size in job.optics["rlnImagePixelSize"]})
     counts = np.concatenate([np.unique(p["rlnMicrographName"].to_numpy(str), return_counts=True)[1] for p in parts.values() if len(p)])
     write_report(run, made.shown, counts, sizes[0], job.settings.size, lines)

@@ -1,6 +1,7 @@
 """Positions that `frazil extract` starts from, and the tables it writes."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from frazil.io.coordinates import CLASS, NAME, PSI, SCORE, X, Y, read_coordinate
 from frazil.io.micrographs import Micrographs
 from frazil.io.particles import ORIGIN_PRIORS, ORIGINS, ParticleSet, read_particles
 from frazil.io.stacks import stack_count
-from frazil.io.star import Block, column_text, read_star, write_star
+from frazil.io.star import Block, column_text, read_whole_star, write_star
 from frazil.jobs.pick_files import output_names
 from frazil.jobs.run import Run
 from frazil.steps.extract import ExtractSettings, refined_places
@@ -23,6 +24,7 @@ from frazil.steps.extract import ExtractSettings, refined_places
 CTF_COLUMNS = ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle", "rlnPhaseShift", "rlnCtfBfactor", "rlnCtfScalefactor",
                "rlnCtfMaxResolution", "rlnCtfFigureOfMerit")  # fmt: skip
 IMAGE, GROUP = "rlnImageName", "rlnOpticsGroup"
+POSITIONS = "frazilPositions"
 QUALITY = ("rlnMaxValueProbDistribution", SCORE)  # of two particles that are one the higher stays; in this order
 
 
@@ -246,20 +248,32 @@ def make_items(folder: Path, micrographs: Micrographs, wanted: Wanted, stack_siz
     return [Item(b, members, folder / f"{b}.mrcs", folder / f"{b}_extract.star", str(named / f"{b}.mrcs")) for b, members in groups]
 
 
-def finished_part(item: Item) -> pd.DataFrame | None:
-    """The rows of an item that an earlier part of the run finished; None if it is not there or not whole."""
+def positions_of(micrographs: Micrographs, wanted: Wanted, item: Item) -> str:
+    """What tells whether an item is still to be extracted at the same positions, with the same columns: a checksum."""
+    digest = hashlib.sha256()
+    for i in item.indices:
+        digest.update(micrographs.names[i].encode() + b"\0")
+        digest.update(wanted.places[i].numpy().tobytes() + wanted.quality[i].double().numpy().tobytes())
+        for label, column in wanted.tables[i].items():
+            digest.update("\0".join(map(str, (label, *column.tolist()))).encode())
+    return digest.hexdigest()[:32]
+
+
+def finished_part(item: Item, positions: str) -> tuple[pd.DataFrame, dict[str, str]] | None:
+    """(rows, data_extract) of an item that an earlier part of the run finished; None if it is not whole or of other positions."""
     try:
-        found = read_star(item.star, text=True).get("particles")
+        star = read_whole_star(item.star, text=True)
     except BadInput:
         return None
+    found, said = star.get("particles"), star.get("extract")
     if not isinstance(found, pd.DataFrame) or IMAGE not in found or stack_count(item.stack) != len(found):
         return None
-    return found
+    return (found, said) if isinstance(said, dict) and said.get(POSITIONS) == positions else None
 
 
-def write_part(item: Item, optics: pd.DataFrame, table: pd.DataFrame) -> None:
-    """The STAR file of one stack."""
-    write_star(item.star, {"optics": optics, "particles": table})
+def write_part(item: Item, optics: pd.DataFrame, table: pd.DataFrame, said: Mapping[str, str | int]) -> None:
+    """The STAR file of one stack; said: what --resume needs to know of it, last, as it tells that the rest is there."""
+    write_star(item.star, {"optics": optics, "particles": table, "extract": dict(said)})
 
 
 def write_lists(folder: Path, optics: pd.DataFrame, parts: Sequence[pd.DataFrame], blocks: Mapping[str, Block]) -> None:

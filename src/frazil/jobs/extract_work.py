@@ -1,7 +1,7 @@
 """The work of `frazil extract`: one micrograph after another, read ahead by threads; stacks are finished by threads too."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from frazil.data import BadInput, Optics
 from frazil.io.micrographs import Micrographs
-from frazil.io.stacks import StackWriter
-from frazil.jobs.extract_files import IMAGE, Item, Wanted, ctf_particles, rows_of, write_part
+from frazil.io.stacks import StackWriter, read_some
+from frazil.jobs.extract_files import IMAGE, POSITIONS, Item, Wanted, ctf_particles, finished_part, positions_of, rows_of, write_part
 from frazil.jobs.pick_files import Writers, read_ahead
 from frazil.jobs.run import Run
 from frazil.maths.ctf import ctf
@@ -45,6 +45,21 @@ class Tally:
     flat: int = 0
     first: str = ""  # micrograph of the first
 
+    def add(self, outside: int, duplicates: int, flat: int, first: str) -> None:
+        """Those of another part."""
+        self.outside, self.duplicates, self.flat = self.outside + outside, self.duplicates + duplicates, self.flat + flat
+        self.first = self.first or first
+
+    def said(self) -> dict[str, str | int]:
+        """For the STAR file of a part."""
+        first = {"frazilFirstOutside": self.first} if self.first else {}
+        return {"frazilOutside": self.outside, "frazilDuplicates": self.duplicates, "frazilFlat": self.flat, **first}
+
+    def add_said(self, said: Mapping[str, str]) -> None:
+        """What `said` gave, as it was read."""
+        outside, duplicates, flat = (int(said[f"frazil{name}"]) for name in ("Outside", "Duplicates", "Flat"))
+        self.add(outside, duplicates, flat, said.get("frazilFirstOutside", ""))
+
     def lines(self, max_outside: float, distance: float) -> list[str]:
         """What to tell the user."""
         out = []
@@ -67,14 +82,29 @@ class Made:
     shown: list[Tensor] = field(default_factory=list)  # some particles
 
 
-def work(job: Job, items: Sequence[Item], run: Run, tally: Tally) -> Made:
-    """Extract what the items list."""
-    made = Made()
+def kept_before(job: Job, items: Sequence[Item], tally: Tally, made: Made) -> None:
+    """Take what an earlier part of the run finished of the items: rows, counts, some particles."""
+    every = how_often(job)
+    for item in items:
+        found = finished_part(item, positions_of(job.micrographs, job.wanted, item))
+        if found is not None:
+            made.parts[item.base] = found[0]
+            tally.add_said(found[1])
+            made.shown.extend(read_some(item.stack, range(0, len(found[0]), every))[: SHOWN - len(made.shown)])
+
+
+def how_often(job: Job) -> int:
+    """Each how manyth particle is shown."""
+    return max(1, sum(map(len, job.wanted.places.values())) // SHOWN)
+
+
+def work(job: Job, items: Sequence[Item], run: Run, tally: Tally, made: Made) -> None:
+    """Extract what the items list, and add it."""
     order = [i for item in items for i in item.indices]
     last = {item.indices[-1]: item for item in items}
     of = {i: item for item in items for i in item.indices}
-    every = max(1, sum(len(job.wanted.places[i]) for i in order) // SHOWN)
-    writers, stack, tables = Writers(max(1, min(4, run.threads))), None, []
+    every = how_often(job)
+    writers, stack, tables, counts = Writers(max(1, min(4, run.threads))), None, [], Tally()
     try:
         for done, (index, pixels) in enumerate(read_ahead(job.micrographs, order, run.device), 1):
             item = of[index]
@@ -86,11 +116,12 @@ def work(job: Job, items: Sequence[Item], run: Run, tally: Tally) -> Made:
                     item.stack.parent.mkdir(parents=True, exist_ok=True)
                     pixel = job.micrographs.optics_of(index).pixel_size * job.settings.box / job.settings.size
                     stack = StackWriter(item.stack, job.settings.size, pixel, job.precision).__enter__()
-                tables.append(one(job, index, pixels.float(), item, stack, tally, made.shown, every))
+                tables.append(one(job, index, pixels.float(), item, stack, counts, made.shown, every))
             if index in last:
                 if stack is not None:
-                    writers.submit(finish, job, item, stack, tables)
-                stack, tables = None, []
+                    writers.submit(finish, job, item, stack, tables, counts)
+                tally.add(counts.outside, counts.duplicates, counts.flat, counts.first)
+                stack, tables, counts = None, [], Tally()
             run.progress(done, len(order), "extracting")
             run.check_stop()
     except BaseException as error:
@@ -99,18 +130,19 @@ def work(job: Job, items: Sequence[Item], run: Run, tally: Tally) -> Made:
         raise
     finally:
         writers.close()
-    made.parts = {base: table for base, table in writers.done if table is not None}
-    return made
+    made.parts |= {base: table for base, table in writers.done if table is not None}
 
 
-def finish(job: Job, item: Item, stack: StackWriter, tables: list[pd.DataFrame]) -> tuple[str, pd.DataFrame | None]:
+def finish(job: Job, item: Item, stack: StackWriter, tables: list[pd.DataFrame], counts: Tally) -> tuple[str, pd.DataFrame | None]:
     """Close a stack and write its rows."""
     stack.__exit__(None, None, None)
+    whole = len(tables) == len(item.indices)  # where a micrograph could not be read, --resume tries again
     tables = [table for table in tables if len(table)]
     if not tables:
         return item.base, None
     table = pd.concat(tables, ignore_index=True)
-    write_part(item, job.optics, table)
+    positions = positions_of(job.micrographs, job.wanted, item) if whole else "incomplete"
+    write_part(item, job.optics, table, {**counts.said(), POSITIONS: positions})
     return item.base, table
 
 

@@ -24,9 +24,10 @@ from frazil.data import BadInput
 from frazil.io.gain import fit_gain, oriented, read_defects, read_gain
 from frazil.io.movie_table import MotionRecord, MovieTable, read_motion, read_movies, write_motion
 from frazil.io.movies import EER, TIFF, Movie, open_movie
-from frazil.io.mrc import read_header, write_mrc
+from frazil.io.mrc import write_mrc
 from frazil.io.star import write_star
 from frazil.jobs.ahead import decoding
+from frazil.jobs.resuming import are_whole
 from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
 from frazil.maths.bad_pixels import ORIENTATIONS, gain_match
@@ -125,6 +126,14 @@ class _Job:
                   "rlnMicrographNameOdd": "_ODD.mrc" if p.even_odd else "", "rlnMicrographMetadata": ".star"}  # fmt: skip
         return {label: root.with_name(root.name + ending) for label, ending in wanted.items() if ending}
 
+    def frames_file(self, index: int) -> Path:
+        """The aligned frames; RELION has no label for them."""
+        return self.root(index).with_name(self.root(index).name + "_frames.mrcs")
+
+    def files(self, index: int) -> list[Path]:
+        """All that is written of a movie."""
+        return [*self.outputs(index).values(), *([self.frames_file(index)] if self.params.aligned_frames else [])]
+
     def open(self, index: int, threads: int = 1) -> Movie:
         """The movie, header read."""
         p = self.params
@@ -151,8 +160,10 @@ def run(params: Params, run: Run) -> None:
     job = _Job(params, run, table, _settings(params, table))
     _check_names(job)
     failed: dict[str, str] = {}
-    waiting = [index for index in range(len(table.names)) if not is_done(job.outputs(index))]
-    done = [index for index in range(len(table.names)) if index not in set(waiting)]
+    waiting = [index for index in range(len(table.names)) if not are_whole(job.files(index), partial(read_motion, whole=True))]
+    done = sorted(set(range(len(table.names))) - set(waiting))
+    if run.resumed:
+        run.note(f"{len(done)} of {len(table.names)} movies are there and whole")
     # Movies are read ahead and computed in threads, one that is finished is written while the next ones go on.
     with Writer() as writer, closing(_results(job, waiting)) as results:
         for index in waiting:
@@ -278,19 +289,6 @@ def _check_names(job: _Job) -> None:
         seen[root] = name
 
 
-def is_done(outputs: dict[str, Path]) -> bool:
-    """Whether all files of a movie are there and whole: read, not only looked for."""
-    try:
-        for label, path in outputs.items():
-            if label == "rlnMicrographMetadata":
-                read_motion(path)
-            else:
-                read_header(path)
-    except BadInput:
-        return False
-    return True
-
-
 # ---- gain
 
 
@@ -388,8 +386,7 @@ def _write(job: _Job, index: int, movie: Movie, result: MotionResult) -> None:
     if result.spectrum is not None:
         write_mrc(files["rlnCtfPowerSpectrum"], result.spectrum, result.spectrum_pixel)
     if result.aligned is not None:
-        root = job.root(index)
-        write_mrc(root.with_name(root.name + "_frames.mrcs"), result.aligned, result.pixel_size, stack=True)
+        write_mrc(job.frames_file(index), result.aligned, result.pixel_size, stack=True)
     p, optics = job.params, job.table.optics[int(job.table.group[index])]
     n, height, width = movie.shape
     general: dict[str, Any] = {"rlnImageSizeX": width, "rlnImageSizeY": height, "rlnImageSizeZ": n}

@@ -51,7 +51,7 @@ def write_report(run: Run, motion: pd.DataFrame, failed: Mapping[str, str]) -> P
             records[path.stem] = read_motion(path)
         except BadInput:
             continue
-    events = [e for e in read_events(run.path) if e.get("event") == "movie"]
+    events = list({e["movie"]: e for e in read_events(run.path) if e.get("event") == "movie"}.values())  # of one done again the last
     warnings = [f"left out: {reason}" for reason in failed.values()]
     warnings += [f"{motion['rlnMicrographName'].iloc[i]}: moved {total[i]:.1f} Å, median {np.median(total):.1f} "
         f"Å" for i in np.flatnonzero(flagged)]

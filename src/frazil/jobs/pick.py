@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
@@ -16,11 +15,22 @@ from torch import Tensor
 
 from frazil.data import BadInput
 from frazil.io.coordinates import SCORE, X, Y
-from frazil.io.micrographs import Micrographs, read_micrographs
+from frazil.io.micrographs import Micrographs, read_micrograph, read_micrographs
 from frazil.io.star import write_star
-from frazil.jobs.pick_files import Spent, Writers, output_names, picks_table, read_ahead, read_maps, read_picks, write_lists, write_maps
-from frazil.jobs.pick_pictures import SHOWN, Shown, stretched, write_picture, write_report
+from frazil.jobs.pick_files import (
+    Spent,
+    Writers,
+    finished_picks,
+    output_names,
+    picks_table,
+    read_ahead,
+    read_maps,
+    write_lists,
+    write_maps,
+)
+from frazil.jobs.pick_pictures import SHOWN, Shown, preview_of, stretched, write_picture, write_report
 from frazil.jobs.pick_plan import FOM_SCALE, FOM_THRESHOLD, INSIDE, NEARBY, Plan, bank_for, make_plan, prepared_of
+from frazil.jobs.record import read_events
 from frazil.jobs.run import Run
 from frazil.maths.peaks import highest_apart
 from frazil.steps.blobs import blob_candidates, blob_map
@@ -119,14 +129,16 @@ def run(params: Params, run: Run) -> None:
     announce(params, micrographs, run)
     plan = make_plan(params, micrographs, run)
     bases = output_names(micrographs)
-    finished = {i: table for i, base in enumerate(bases) if run.resumed and (table := read_picks(star_path(run.path, base))) is not None}
+    finished = finished_before(params, plan, bases, run)
     todo = [i for i in range(len(micrographs)) if i not in finished]
     gallery = set(np.unique(np.linspace(0, len(micrographs) - 1, SHOWN).round().astype(int)).tolist())
-    results = [result_of(i, table) for i, table in finished.items()]
+    results = [result for i, result in finished.items() if i not in gallery]
     bad: list[str] = []
     writers = Writers(max(1, min(WRITERS, run.threads)))
     spent.on("plan")
     try:
+        for i in sorted(gallery & finished.keys()):
+            writers.submit(with_picture, params, plan, micrographs, bases[i], finished[i])
         for done, (index, found) in enumerate(source(params, plan, micrographs, todo, bases, run, spent), 1):
             spent.on("matching")
             if isinstance(found, BadInput):
@@ -145,10 +157,36 @@ def run(params: Params, run: Run) -> None:
     run.event("seconds", **spent.rounded())
 
 
-def result_of(index: int, table: pd.DataFrame) -> Result:
-    """What is known of a micrograph that an earlier part of this run finished."""
-    value = table[SCORE].to_numpy(float)
-    return Result(index, len(table), float(value.mean()) if len(table) else 0.0, table[[X, Y]].to_numpy(float), value)
+def finished_before(params: Params, plan: Plan, bases: Sequence[str], run: Run) -> dict[int, Result]:
+    """What an earlier part of this run finished, by index: micrographs of which all files are there and whole."""
+    if not run.resumed:
+        return {}
+    known = {event["name"]: event for event in read_events(run.path) if event["event"] == "micrograph"}
+    maps = params.write_fom and plan.blobs is None
+    out: dict[int, Result] = {}
+    for i, base in enumerate(bases):
+        table = finished_picks(run.path, base, params.pictures, maps)
+        if table is not None:
+            value, said = table[SCORE].to_numpy(float), known.get(base, {})
+            mean = float(value.mean()) if len(table) else 0.0
+            full, area = said.get("full", False), said.get("area", 0.0)
+            out[i] = Result(i, len(table), mean, table[[X, Y]].to_numpy(float), value, full, area)
+    run.note(f"{len(out)} of {len(bases)} micrographs are there and whole")
+    return out
+
+
+def with_picture(params: Params, plan: Plan, micrographs: Micrographs, base: str, result: Result) -> Result:
+    """The result with its picture for the gallery, of picks only: candidates below the threshold were not kept."""
+    try:
+        if params.read_fom:
+            scores, preview = read_maps(Path(params.read_fom) / "fom" / base)
+            shape = scores.grid.shape
+        else:
+            pixels, size = read_micrograph(micrographs.file(result.index)), micrographs.optics_of(result.index).pixel_size
+            shape, preview = (pixels.shape[0], pixels.shape[1]), preview_of(pixels, size, params.lowpass, plan.diameter, params.invert)
+    except BadInput:  # gone since
+        return result
+    return result if preview is None else replace(result, shown=Shown(base, stretched(preview), shape, result.xy, result.value))
 
 
 def announce(params: Params, micrographs: Micrographs, run: Run) -> None:
@@ -252,8 +290,9 @@ def finish(params: Params, plan: Plan, micrographs: Micrographs, index: int, bas
             write_picture(picture, grey, xy[chosen], shape, plan.diameter / size)
         shown = Shown(base, grey, shape, xy[kept], value[kept]) if show else None
     write_star(star, {"": picks_table(picks, chosen)})
-    mean = float(value[chosen].mean()) if len(chosen) else 0.0
-    return Result(index, len(chosen), mean, xy[kept], value[kept], int(above.sum()) > most, picks.area, shown)
+    mean, full = float(value[chosen].mean()) if len(chosen) else 0.0, int(above.sum()) > most
+    run.event("micrograph", name=base, picks=len(chosen), full=full, area=picks.area)
+    return Result(index, len(chosen), mean, xy[kept], value[kept], full, picks.area, shown)
 
 
 def conclude(

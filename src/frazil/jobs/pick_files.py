@@ -20,7 +20,8 @@ from frazil.io.coordinates import CLASS, FILE, NAME, PSI, SCORE, X, Y
 from frazil.io.files import write_text
 from frazil.io.micrographs import Micrographs, read_micrograph_into
 from frazil.io.mrc import read_mrc, write_mrc
-from frazil.io.star import first_table, read_star, write_star
+from frazil.io.star import first_table, read_whole_star, write_star
+from frazil.jobs.resuming import are_whole
 from frazil.maths.tiling import WorkGrid
 from frazil.steps.pick import Picks, ScoreMap
 
@@ -100,13 +101,18 @@ def picks_table(picks: Picks, chosen: np.ndarray) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def read_picks(path: Path) -> pd.DataFrame | None:
-    """The table of a coordinate file written before; None if it is not there or not whole."""
+def finished_picks(folder: Path, base: str, picture: bool, maps: bool) -> pd.DataFrame | None:
+    """The picks of a micrograph that an earlier part of the run finished; None if one of its files is not there or not whole."""
+    fom = folder / "fom" / base
+    files = [folder / "pictures" / f"{base}.png"] if picture else []
+    files += [Path(f"{fom}_{suffix}.mrc") for suffix in MAPS] if maps else []
     try:
-        found = first_table(read_star(path), X)
+        found = first_table(read_whole_star(folder / f"{base}_autopick.star"), X)
+        if maps:
+            read_grid(fom)
     except BadInput:
         return None
-    return found[1] if found is not None and SCORE in found[1] else None
+    return found[1] if found is not None and SCORE in found[1] and are_whole(files, read_whole_star) else None
 
 
 def write_maps(base: Path, scores: ScoreMap, preview: Tensor | None) -> None:
@@ -121,17 +127,23 @@ def write_maps(base: Path, scores: ScoreMap, preview: Tensor | None) -> None:
     write_text(f"{base}_grid.json", json.dumps(grid_record))
 
 
-def read_maps(base: Path) -> tuple[ScoreMap, Tensor | None]:
-    """What write_maps wrote. Raises BadInput naming what is missing."""
+def read_grid(base: Path) -> tuple[WorkGrid, tuple[float, float, float, float]]:
+    """Grid and border of the score maps of a micrograph."""
     try:
         record = json.loads(Path(f"{base}_grid.json").read_text())
         grid = WorkGrid(tuple(record["shape"]), tuple(record["padded"]), tuple(record["size"]), record["pixel_size"])
-    except (OSError, ValueError, KeyError) as error:
+        return grid, tuple(record["border"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{base}_grid.json: cannot be read ({error}); were score maps written there with --write-fom?") from None
+
+
+def read_maps(base: Path) -> tuple[ScoreMap, Tensor | None]:
+    """What write_maps wrote. Raises BadInput naming what is missing."""
+    grid, border = read_grid(base)
     found = {name: read_mrc(f"{base}_{suffix}.mrc").data[0] for suffix, name in MAPS.items()}
     preview = Path(f"{base}_preview.mrc")
     scores = ScoreMap(
-        grid, found["value"], found["psi"], found["template"].to(torch.int16), found["mu"], found["sigma"], tuple(record["border"])
+        grid, found["value"], found["psi"], found["template"].to(torch.int16), found["mu"], found["sigma"], border
     )
     return scores, read_mrc(preview).data[0] if preview.exists() else None
 

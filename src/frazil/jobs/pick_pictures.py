@@ -22,6 +22,8 @@ from frazil.jobs import html
 from frazil.jobs.plots import COLOURS, LEVEL, new_figure, styled
 from frazil.jobs.record import plain
 from frazil.jobs.run import Run
+from frazil.maths.tiling import transform
+from frazil.steps.pick import RING, normalised, picking_grid, preview
 
 Array = NDArray[np.float64]
 STRETCH = (1.0, 99.0)  # percentiles that become black and white
@@ -52,6 +54,12 @@ def stretched(preview: Tensor) -> NDArray[np.uint8]:
     low, high = np.percentile(sample[np.isfinite(sample)], STRETCH) if sample.size else (0.0, 1.0)
     scaled = (values - float(low)).mul_((GREYS - 1) / max(float(high - low), 1e-6))
     return scaled.nan_to_num_().clamp_(0, GREYS - 1).to(torch.uint8).numpy()
+
+
+def preview_of(pixels: Tensor, pixel_size: float, lowpass: float, diameter: float, invert: bool) -> Tensor:
+    """(h, w) low-passed picture of a micrograph (y, x), the one that matching makes on the way; diameter of the particles in Å."""
+    grid = picking_grid((pixels.shape[0], pixels.shape[1]), pixel_size, lowpass, 0.5 * RING * diameter)
+    return preview(transform(normalised(pixels, invert), grid), grid, -1.0 if invert else 1.0)
 
 
 def ring(radius: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 import frazil
 from frazil.data import BadInput
 from frazil.io.files import write_text
+from frazil.jobs.resuming import ITEMWISE, list_difference
 
 WHOLE_FILE = 256 * 2**20  # bytes: larger inputs are known by size, time and their two ends
 END = 2**20
@@ -153,12 +154,21 @@ def may_change(params: BaseModel) -> list[str]:
 def check_same(path: Path, old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Raise BadInput, naming the parameter, where a run to be continued was started with other parameters or input files.
 
-    Returns whether a parameter that may change has changed.
+    The list that a job does item by item may have grown. Returns whether a parameter that may change has changed.
     """
     for name, was in old["inputs"].items():
-        if name in new["inputs"] and new["inputs"][name]["checksum"] != was["checksum"]:
-            raise BadInput(f"{path}: the file of {option_name(name)}, {new['inputs'][name]['path']}, is not the one the run "
-                           f"was started with, {was['path']}; give that one or another --output")  # fmt: skip
+        if name not in new["inputs"] or new["inputs"][name]["checksum"] == was["checksum"]:
+            continue
+        now, differs = new["inputs"][name]["path"], ""
+        if ITEMWISE.get(old["job"]) == name and now.endswith(".star"):
+            differs = list_difference(path, old["job"], Path(now))
+            if not differs:
+                continue
+        if differs or now == was["path"]:
+            said = f"{now}, has changed since the run was started" + f": {differs}" * bool(differs)
+            raise BadInput(f"{path}: the file of {option_name(name)}, {said}; restore it or give another --output")
+        raise BadInput(f"{path}: the file of {option_name(name)}, {now}, is not the one the run was started with, {was['path']}; "
+                       "give that one or another --output")  # fmt: skip
     old_values = old.get("asked") or {**old["parameters"], "seed": old["seed"]}
     for name, value in new["asked"].items():
         same_file = name in old["inputs"] and name in new["inputs"]  # compared by content above

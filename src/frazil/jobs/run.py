@@ -11,7 +11,7 @@
 
 The directory holds job.json (what was asked), state.json (how it stands, with a heartbeat), events.jsonl (a line a
 measurement), log.txt, RELION_JOB_EXIT_SUCCESS or _FAILURE, and the job's outputs. `kill -9` at any moment leaves a directory
-that --resume continues from the last checkpoint.
+that --resume continues from the last checkpoint. What --resume looks at besides (list.copy, outputs.json): jobs/resuming.py.
 """
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from frazil.data import BadInput
 from frazil.io.files import atomic_path
 from frazil.jobs.record import check_same, input_record, job_record, now, plain, read_json, write_json
+from frazil.jobs.resuming import COPY, ITEMWISE, OUTPUTS, keep_list, lost, outputs
 from frazil.ops.dispatch import set_threads
 from frazil.refine.parallel import join, leave, local_device, world_of_environment
 
@@ -48,7 +49,7 @@ HEARTBEAT = 2.0  # s between writes of state.json
 STALE = 60.0  # s without a heartbeat after which a run on another machine counts as dead
 EXIT_FILES = {True: "RELION_JOB_EXIT_SUCCESS", False: "RELION_JOB_EXIT_FAILURE"}
 SHARED_WORK = ("class2d", "class3d")  # jobs whose particles several processes share (refine/parallel.py)
-BOOKKEEPING = {"job.json", "state.json", "events.jsonl", "log.txt", EXIT_FILES[False]}
+BOOKKEEPING = {"job.json", "state.json", "events.jsonl", "log.txt", COPY, OUTPUTS, EXIT_FILES[False]}
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 Status = Literal["queued", "running", "done", "failed", "stopped"]
@@ -139,7 +140,7 @@ def claim(path: Path, record: dict[str, Any], resume: bool) -> Literal["new", "r
     if not resume:
         raise BadInput(f"{path}: holds {'a finished' if finished else 'an unfinished'} {job} run: use --resume or another --output")
     changed = check_same(path, old, record)
-    return "finished" if finished and not changed else "resumed"
+    return "finished" if finished and not changed and job not in ITEMWISE else "resumed"
 
 
 def end_torn_line(path: Path) -> None:
@@ -196,6 +197,10 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.finished:
             self._console.print(f"{self.path}: the {self.job} run is finished already, nothing to do", soft_wrap=True)
+            if gone := lost(self.path, read_json(self.path / OUTPUTS)):
+                said = "; ".join(gone[:5]) + ("; …" if len(gone) > 5 else "")
+                self._console.print(f"warning: since then {len(gone)} of its files were lost: {said}; to make them again give another "
+                                    "--output", soft_wrap=True)  # fmt: skip
             return
         try:
             self._end(error)
@@ -221,7 +226,11 @@ class Run:
         for leftover in self.path.glob("*.tmp"):
             leftover.unlink()
         old = read_json(self.path / "job.json") if self.resumed else None
-        write_json(self.path / "job.json", record if old is None else {**old, **{key: record[key] for key in ("parameters", "asked")}})
+        if old is not None:
+            grown = {name: now for name, now in record["inputs"].items() if name == ITEMWISE.get(self.job)}
+            record = {**old, **{key: record[key] for key in ("parameters", "asked")}, "inputs": {**old["inputs"], **grown}}
+        write_json(self.path / "job.json", record)
+        keep_list(self.path, self.job, record["inputs"])
 
     def _open_logs(self) -> None:
         """Send the package's log to log.txt and open events.jsonl."""
@@ -270,6 +279,8 @@ class Run:
         if error is None:
             self._finish("done", self._lines[0] if self._lines else "finished")
             self._state["progress"] = 1.0
+            if self.job not in ITEMWISE:  # those look at their files themselves
+                write_json(self.path / OUTPUTS, outputs(self.path, BOOKKEEPING | set(EXIT_FILES.values())))
             for line in self._lines:
                 self._log.info("%s", line)
         elif isinstance(error, (Stopped, KeyboardInterrupt)):

@@ -29,6 +29,10 @@ RADII = 512  # samples of |k| at which dose weights are tabulated
 WEIGHT_ERROR = 2e-3  # largest error of a weight by leaving out singular vectors; weights are about 0.2 to 1
 CORRELATION_TAIL = 1e-3  # weight exp(−2B s²) below which frequencies are left out of the first alignment
 DOSE_A_GROUP = 0.8  # e/Å²: frames with less are grouped for alignment
+# Frames of real movies differ two or three times in dose (a first frame that the shutter opened before); a saturated one has ten times the
+# counts or more, and with four times its noise would already be half of that of a sum of sixteen frames.
+MOST_COUNTS = 4.0  # times the median
+PROBE = 16  # px between those looked at first for a frame of one value
 
 
 class Frames(Protocol):
@@ -74,7 +78,7 @@ class MotionResult:
     micrograph: Tensor  # (H', W') float32, dose-weighted if that was asked for; background n·mean / √n then, else n·mean
     pixel_size: float  # Å, of the micrograph
     track: Tensor  # (n, 2) float64 px, whole-frame shifts; first usable frame 0
-    observed: Tensor  # (n,) bool: False for frames without counts, left out
+    observed: Tensor  # (n,) bool: False for frames without counts or saturated, left out
     coefficients: Tensor | None  # (2, 18) of RELION's polynomial; None: whole-frame motion only
     patch_shifts: Tensor  # (n, p, 2) px, local motion of each patch alone
     patch_places: Tensor  # (p, 2) fractions of the field
@@ -161,8 +165,10 @@ def correct_motion(
     if 4 * n * fine[0] * fine[1] <= settings.memory:  # otherwise the power spectrum has transforms of its own, one at a time
         shape = fine
     source.beside = 4 * n * shape[0] * shape[1]
-    total, means = _add_up(source)
-    observed, notes = usable_frames(means, total)
+    total, means, same = _add_up(source)
+    observed, notes = usable_frames(means, total, same)
+    for f in (~observed & (means != 0)).nonzero()[:, 0].tolist():
+        total -= source.one(f).float()  # a saturated frame is no measure of how many counts a pixel should have
     flat = torch.ones(height, width, device=device) if gain is None else gain.to(device)
     given = flat == 0 if defects is None else (flat == 0) | defects.to(device)
     bad, new, level = find_bad_pixels(total * flat, given, settings.hot)
@@ -191,30 +197,43 @@ def correct_motion(
     )  # fmt: skip
 
 
-def _add_up(source: _Source) -> tuple[Tensor, Tensor]:
-    """(H, W) float32 sum of the raw frames and (n,) float64 mean of each."""
+def _add_up(source: _Source) -> tuple[Tensor, Tensor, Tensor]:
+    """(H, W) float32 sum of the raw frames, (n,) float64 mean of each, (n,) bool: frames with one value everywhere."""
     total = torch.zeros(source.height, source.width, device=source.device)
-    values, means = torch.empty_like(total), []
+    values, means, spans = torch.empty_like(total), [], []
     for _, part in source.chunks(first_pass=True):
         for one in part:
             total += values.copy_(one)
             means.append(values.mean())
-    return total, torch.stack(means).double().cpu()
+            some = values[::PROBE, ::PROBE]
+            spans.append(some.amax() - some.amin())
+    flat = (torch.stack(spans) == 0).cpu()
+    for f in flat.nonzero()[:, 0].tolist():  # few: now every pixel of them
+        values.copy_(source.one(f))
+        flat[f] = bool(values.amax() == values.amin())
+    return total, torch.stack(means).double().cpu(), flat
 
 
-def usable_frames(means: Tensor, total: Tensor) -> tuple[Tensor, list[str]]:
-    """(n,) bool of the frames that hold counts, and a note where some do not. Raises BadInput where there is nothing to align."""
+def usable_frames(means: Tensor, total: Tensor, flat: Tensor) -> tuple[Tensor, list[str]]:
+    """(n,) bool of the frames to use, and notes on the others: without counts, saturated. Raises BadInput where there is nothing to align.
+
+    means (n,): of each frame; total (H, W): their sum; flat (n,) bool: frames with one value everywhere.
+    """
     if not bool(torch.isfinite(means).all()):
         first = int((~torch.isfinite(means)).nonzero()[0]) + 1
         raise BadInput(f"frame {first} holds values that are not finite; copy the movie again")
     if float(total.max()) == float(total.min()):
         raise BadInput("every pixel of every frame has the same value: no counts, or all saturated; leave the movie out")
-    observed = means > 0.02 * means.median().clamp(min=0)
+    usual = max(0.0, float(means[~flat].median())) if not bool(flat.all()) else 0.0
+    empty = (means <= 0.02 * usual) | (flat & (means == 0))
+    stuck = flat & ~empty
+    bright = (means > MOST_COUNTS * usual) & ~empty & ~stuck & (usual > 0)
+    observed = ~(empty | stuck | bright)
     if int(observed.sum()) < 2:
         raise BadInput(f"only {int(observed.sum())} of {len(means)} frames hold counts; at least two are needed")
-    lost = (~observed).nonzero()[:, 0] + 1
-    notes = [f"frames without counts left out: {', '.join(map(str, lost.tolist()[:10]))}"] if len(lost) else []
-    return observed, notes
+    kinds = {"without counts": empty, "with one value everywhere": stuck, f"of more than {MOST_COUNTS:g} times the usual counts": bright}
+    lost = {kind: (which.nonzero()[:, 0] + 1).tolist() for kind, which in kinds.items()}
+    return observed, [f"frames {kind} left out: {', '.join(map(str, some[:10]))}" for kind, some in lost.items() if some]
 
 
 def _even_size(share: float, side: int) -> int:
