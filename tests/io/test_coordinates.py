@@ -61,7 +61,7 @@ def test_reads_relions_own(shared_data):
 @pytest.mark.parametrize("name, text, message", [
     ("a.box", "1 2\n", "expected 4 or more"), ("a.box", "a b c d\n", "expected 4 or more numbers"), 
     ("a.csv", "p,q\n1,2\n", "heading with x and y"),
-    ("a.csv", "x,y\n1,abc\n", "row 1"), ("a.cs", "nonsense", "cryoSPARC"),
+    ("a.csv", "x,y\n1,abc\n", "row 1"), ("a.cs", "nonsense", "cryoSPARC"), ("a.cs", "", "it is empty"), ("a.cs", "PK\x03\x04 no archive", "cryoSPARC"),
     ("a.star", "data_\n\nloop_\n_rlnOther\n1\n", "_rlnCoordinateX"), ("missing.star", None, "no such file"),
 ])  # fmt: skip
 def test_bad_files(name, text, message, tmp_path):
@@ -69,3 +69,10 @@ def test_bad_files(name, text, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(BadInput, match=message):
         read_coordinates(tmp_path / name)
+
+
+def test_an_archive_is_no_table_of_cryosparc(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    (tmp_path / "a.npz").rename(tmp_path / "a.cs")
+    with pytest.raises(BadInput, match="archive of several arrays"):
+        read_coordinates(tmp_path / "a.cs")

@@ -11,6 +11,7 @@ import torch
 from frazil.data import BadInput
 from frazil.io.mrc import read_header, read_stack, write_mrc
 from frazil.io.particles import open_images, read_particles
+from frazil.io.stacks import StackWriter
 from frazil.io.star import read_star, write_star
 from frazil.jobs import extract
 from frazil.jobs.run import Options, execute
@@ -254,3 +255,24 @@ def test_premultiplied_images_are_marked(project):
     assert all(o.ctf_premultiplied for o in found.particles.optics)
     plain = open_images(read_particles(extracted("plain") / "particles.star"))[torch.arange(5)]
     assert (open_images(found)[torch.arange(5)] - plain).abs().max() > 1
+
+
+def test_boxes_that_are_all_outside_are_named_as_the_reason(project):
+    with pytest.raises(BadInput, match=r"no particle could be extracted from 2 micrographs: 5 positions are outside their micrograph"):
+        extracted("out", box=1000)
+
+
+def test_a_full_disk_is_named(project):
+    """A file whose writing the system refuses: the reason is the system's, whatever the amount written."""
+    from resource import RLIMIT_FSIZE, getrlimit, setrlimit
+    from signal import SIG_IGN, SIGXFSZ, signal
+
+    before, limits = signal(SIGXFSZ, SIG_IGN), getrlimit(RLIMIT_FSIZE)
+    writers = StackWriter("big.mrcs", 64, 1.0)
+    try:
+        setrlimit(RLIMIT_FSIZE, (50_000, limits[1]))
+        with pytest.raises(BadInput, match="big.mrcs: cannot be written: the file is larger than this system allows"), writers as stack:
+            stack.append(torch.zeros(20, 64, 64))
+    finally:
+        setrlimit(RLIMIT_FSIZE, limits)
+        signal(SIGXFSZ, before)

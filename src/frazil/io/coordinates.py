@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -248,9 +249,13 @@ def _read_text(path: Path) -> pd.DataFrame:
 def _read_cs(path: Path) -> dict[str, pd.DataFrame]:
     """Particle locations of cryoSPARC (a NumPy file)."""
     try:
-        rows = np.load(path)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read as a cryoSPARC file: {error}") from error
+        with open(path, "rb") as file:
+            rows = np.load(file)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        said = error if path.stat().st_size else "it is empty"
+        raise BadInput(f"{path}: cannot be read as a cryoSPARC file: {said}") from error
+    if not isinstance(rows, np.ndarray):
+        raise BadInput(f"{path}: is a NumPy archive of several arrays (.npz); expected the one table of a cryoSPARC .cs file")
     fields = rows.dtype.names or ()
     needed = ("location/micrograph_path", "location/micrograph_shape", "location/center_x_frac", "location/center_y_frac")
     missing = [name for name in needed if name not in fields]

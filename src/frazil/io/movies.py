@@ -145,8 +145,10 @@ def _pages(path: Path) -> tuple[Any, list[Any]]:
         if not pages:
             raise BadInput(f"{path}: holds no frames; copy the movie again")
         size, shape = path.stat().st_size, pages[0].shape
+        if len(shape) != 2:
+            raise BadInput(f"{path}: holds colour pictures ({' x '.join(map(str, shape))} values a frame); a movie is of grey frames")
         for number, page in enumerate(pages, 1):
-            if page.shape != shape or len(shape) != 2:
+            if page.shape != shape:
                 raise BadInput(f"{path}: frame {number} is {' x '.join(map(str, page.shape[::-1]))} px, the first "
                     f"{' x '.join(map(str, shape[::-1]))}; "
                                f"frames of unequal size cannot be aligned")  # fmt: skip

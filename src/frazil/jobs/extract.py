@@ -156,8 +156,8 @@ def conclude(params: Params, run: Run, job: Job, items: list[Item], parts: dict,
     """particles.star, report, and what a person wants to know."""
     total = sum(map(len, parts.values()))
     if not total:
-        why = made.bad[0] if made.bad else tally.first or "no positions"
-        raise BadInput(f"no particle could be extracted from {len(job.wanted.places)} micrographs; the first fault: {why}")
+        faults = [*made.bad[:1], *tally.lines(params.max_outside, job.distance)]
+        raise BadInput(f"no particle could be extracted from {len(job.wanted.places)} micrographs: {'; '.join(faults) or 'no positions'}")
     lines = [*made.bad, *tally.lines(params.max_outside, job.distance)]
     for line in lines[len(made.bad) :]:
         run.warn(line)

@@ -126,13 +126,12 @@ def read_maps(base: Path) -> tuple[ScoreMap, Tensor | None]:
     try:
         record = json.loads(Path(f"{base}_grid.json").read_text())
         grid = WorkGrid(tuple(record["shape"]), tuple(record["padded"]), tuple(record["size"]), record["pixel_size"])
-    except (OSError, ValueError, KeyError) as error:
+        border = tuple(record["border"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{base}_grid.json: cannot be read ({error}); were score maps written there with --write-fom?") from None
     found = {name: read_mrc(f"{base}_{suffix}.mrc").data[0] for suffix, name in MAPS.items()}
     preview = Path(f"{base}_preview.mrc")
-    scores = ScoreMap(
-        grid, found["value"], found["psi"], found["template"].to(torch.int16), found["mu"], found["sigma"], tuple(record["border"])
-    )
+    scores = ScoreMap(grid, found["value"], found["psi"], found["template"].to(torch.int16), found["mu"], found["sigma"], border)
     return scores, read_mrc(preview).data[0] if preview.exists() else None
 
 
