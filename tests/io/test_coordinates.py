@@ -61,7 +61,8 @@ def test_reads_relions_own(shared_data):
 @pytest.mark.parametrize("name, text, message", [
     ("a.box", "1 2\n", "expected 4 or more"), ("a.box", "a b c d\n", "expected 4 or more numbers"), 
     ("a.csv", "p,q\n1,2\n", "heading with x and y"),
-    ("a.csv", "x,y\n1,abc\n", "row 1"), ("a.cs", "nonsense", "cryoSPARC"), ("a.cs", "", "it is empty"), ("a.cs", "PK\x03\x04 no archive", "cryoSPARC"),
+    ("a.csv", "x,y\n1,abc\n", "row 1"), ("a.cs", "nonsense", "cryoSPARC"), ("a.cs", "", "it is empty"),
+    ("a.cs", "PK\x03\x04 no archive", "cryoSPARC"),
     ("a.star", "data_\n\nloop_\n_rlnOther\n1\n", "_rlnCoordinateX"), ("missing.star", None, "no such file"),
 ])  # fmt: skip
 def test_bad_files(name, text, message, tmp_path):

@@ -70,9 +70,9 @@ def read_micrographs(path: str | os.PathLike[str], pixel_size: float | None = No
     """Micrographs of a STAR file (RELION ≥ 3.1 with data_optics, or one table), or a single image file.
 
     `pixel_size` (Å) replaces what files say. Without it and without one in the table, it is taken from the image's header. Voltage, Cs
-    and amplitude contrast may be missing where there is no CTF, or where `constants` is False, for callers that have their own: 300 kV, 2.7
-    mm and 0.1 stand there then. Raises BadInput naming file, row and label: no such table, no micrographs, names listed twice, optics groups
-    that are not there, numbers that are none, a CTF without the microscope's constants.
+    and amplitude contrast may be missing where there is no CTF, or where `constants` is False, for callers that have their own: 300 kV,
+    2.7 mm and 0.1 stand there then. Raises BadInput naming file, row and label: no such table, no micrographs, names listed twice, optics
+    groups that are not there, numbers that are none, a CTF without the microscope's constants.
     """
     path = Path(path)
     if path.suffix.lower() in (".mrc", ".map", *TIFF):
