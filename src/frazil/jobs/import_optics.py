@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from frazil.data import BadInput
+from frazil.io.movie_table import ORIGINAL, UPSAMPLING
 from frazil.io.movies import EER
 from frazil.io.sessions import Acquisition, epu_beside, read_epu, read_mdoc
 from frazil.io.star import first_table, read_star
@@ -19,7 +20,6 @@ from frazil.maths.clusters import cluster_shifts
 
 FEW = 20  # movies of a beam-shift group below which one is told
 SAME = 1e-3  # relative difference of pixel sizes that is rounding
-ORIGINAL, UPSAMPLING = "rlnMicrographOriginalPixelSize", "rlnEERUpsampling"
 # What RELION takes where a label is absent. It has no word for "no MTF": whatever stands there is a file to be read.
 ABSENT = {"rlnBeamTiltX": "0", "rlnBeamTiltY": "0", UPSAMPLING: "1"}
 

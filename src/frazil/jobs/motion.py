@@ -22,7 +22,7 @@ from torch import Tensor
 
 from frazil.data import BadInput
 from frazil.io.gain import OTHER_FORM, fit_gain, gain_form, oriented, read_defects, read_gain
-from frazil.io.movie_table import MotionRecord, MovieTable, read_motion, read_movies, write_motion
+from frazil.io.movie_table import UPSAMPLING, MotionRecord, MovieTable, drawn, read_motion, read_movies, write_motion
 from frazil.io.movies import EER, TIFF, Movie, open_movie
 from frazil.io.mrc import read_header, write_mrc
 from frazil.io.star import write_star
@@ -142,7 +142,9 @@ def run(params: Params, run: Run) -> None:
     report.html.
     """
     _keep_memory()
-    table = read_movies(params.movies)
+    table, said = drawn(read_movies(params.movies), params.eer_upsampling)
+    if said:
+        run.note(said)
     if min(params.patches) < 1 or max(params.patches) > 30:
         raise BadInput(f"--patches: columns and rows from 1 to 30, got {params.patches[0]} {params.patches[1]}")
     job = _Job(params, run, table, _settings(params, table))
@@ -438,7 +440,7 @@ def _write_star(job: _Job, done: list[int]) -> pd.DataFrame:
         row["rlnOpticsGroup"] = int(job.table.group[index]) + 1
         row |= dict(zip(("rlnAccumMotionTotal", "rlnAccumMotionEarly", "rlnAccumMotionLate"), lengths, strict=True))
         rows.append(row)
-    table, optics = pd.DataFrame(rows), job.table.optics_table.copy()
+    table, optics = pd.DataFrame(rows), job.table.optics_table.drop(columns=UPSAMPLING, errors="ignore")
     optics["rlnOpticsGroup"] = [str(k) for k in range(1, len(optics) + 1)]
     optics["rlnMicrographPixelSize"] = [repr(o.pixel_size * job.params.bin) for o in job.table.optics]
     write_star(job.run.path / "corrected_micrographs.star", {"optics": optics, "micrographs": table}, COMMENT)
