@@ -276,3 +276,48 @@ def test_a_full_disk_is_named(project):
     finally:
         setrlimit(RLIMIT_FSIZE, limits)
         signal(SIGXFSZ, before)
+
+
+def binned(folder: str, factor: int = 2) -> None:
+    """The micrographs binned by averaging in Fourier space, and small.star, whose optics have their pixel size."""
+    Path(folder).mkdir()
+    for name in PLACES:
+        image = read_stack(f"{name}.mrc")[0].double()
+        ft = torch.fft.fftshift(torch.fft.fft2(image))
+        h, w = (n // factor for n in image.shape)
+        top, left = (image.shape[0] - h) // 2, (image.shape[1] - w) // 2
+        small = torch.fft.ifft2(torch.fft.ifftshift(ft[top : top + h, left : left + w])).real / factor**2
+        write_mrc(f"{folder}/{name}.mrc", small.float(), 2.0 * factor)
+    write_micrographs(lambda star: star["optics"].update({"rlnMicrographPixelSize": pd.Series([2.0 * factor] * 2)}))
+    star = read_star("micrographs.star", text=True)
+    star["micrographs"]["rlnMicrographName"] = [f"{folder}/{name}" for name in star["micrographs"]["rlnMicrographName"]]
+    write_star("small.star", star)
+    write_micrographs()
+
+
+def test_positions_from_micrographs_of_another_pixel_size_are_scaled_and_it_is_said(project):
+    binned("small")
+    first = extracted("first")
+    summary = pd.DataFrame({"rlnMicrographName": ["a.mrc", "b.mrc"], "rlnMicrographPixelSize": [2.0, 2.0]})
+    write_star("summary.star", {"": summary})  # as `frazil pick` leaves it beside autopick.star
+    changes = {"micrographs": Path("small.star"), "box": 20, "by_file_name": True}
+    for out, source in (("picks", {}), ("refined", {"particles": first / "particles.star"}),
+                        ("table", {"coordinates": str(first / "particles.star")})):  # fmt: skip
+        found = read_particles(extracted(out, **changes, **source) / "particles.star")
+        assert len(found) == 5 and {o.pixel_size for o in found.particles.optics} == {4.0}
+        place = np.stack([found.numbers("rlnCoordinateX"), found.numbers("rlnCoordinateY")], -1) - found.particles.shift.numpy() / 4.0
+        names = [Path(name).name for name in found.table["rlnMicrographName"]]
+        atol = 0.3 if out == "table" else 1e-5  # there the whole px of the first extraction are the positions
+        assert np.abs(place - true_places(names) / 2).max() < atol
+        assert "coordinates count pixels of 2 Å, the micrographs have 4 Å: multiplied by 0.5" in log_of(out)
+        images = open_images(found)[torch.arange(5)]
+        if out != "table":
+            assert (torch.stack([centroid(image) for image in images]) * 4.0 + found.particles.shift).abs().max() < 0.6
+
+
+def test_a_calibrated_pixel_size_moves_no_position(project):
+    first = extracted("first")
+    extracted("again", particles=first / "particles.star", pixel_size=2.03)
+    assert "taken for a better calibration of the same pixels" in log_of("again")
+    a, b = (read_particles(folder / "particles.star") for folder in (first, Path("again")))
+    assert np.array_equal(a.numbers("rlnCoordinateX"), b.numbers("rlnCoordinateX"))

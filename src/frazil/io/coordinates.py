@@ -22,7 +22,7 @@ from frazil.io.images import find_stack
 from frazil.io.star import first_table, read_star, write_star
 
 X, Y, SCORE, CLASS, PSI = "rlnCoordinateX", "rlnCoordinateY", "rlnAutopickFigureOfMerit", "rlnClassNumber", "rlnAnglePsi"
-NAME, FILE = "rlnMicrographName", "rlnMicrographCoordinates"
+NAME, FILE, PIXEL = "rlnMicrographName", "rlnMicrographCoordinates", "rlnMicrographPixelSize"
 FORMATS = (".star", ".box", ".cs", ".cbox", ".csv")
 TEXT_FORMATS = (".csv", ".txt", ".coords", ".tsv")
 _HEADS = {
@@ -264,6 +264,8 @@ def _read_cs(path: Path) -> dict[str, pd.DataFrame]:
     shape = rows["location/micrograph_shape"].astype(float)
     table = pd.DataFrame({NAME: [n.decode() if isinstance(n, bytes) else str(n) for n in rows["location/micrograph_path"]],
                           X: rows["location/center_x_frac"] * shape[:, 1], Y: rows["location/center_y_frac"] * shape[:, 0]})  # fmt: skip
+    if "location/micrograph_psize_A" in fields:
+        table[PIXEL] = rows["location/micrograph_psize_A"].astype(float)
     if "pick_stats/ncc_score" in fields:
         table[SCORE] = rows["pick_stats/ncc_score"].astype(float)
     if "pick_stats/angle_rad" in fields:
