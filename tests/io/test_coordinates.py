@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from frazil.data import BadInput
-from frazil.io.coordinates import CLASS, PSI, SCORE, X, Y, read_coordinates, root, write_coordinates, write_cs
+from frazil.io.coordinates import CLASS, PIXEL, PSI, SCORE, X, Y, read_coordinates, root, write_coordinates, write_cs
 from frazil.io.star import write_star
 
 TABLE = pd.DataFrame({X: [100.5, 20.25], Y: [40.0, 300.75], SCORE: [0.9, 0.1], CLASS: [2, 1], PSI: [10.0, -95.0]})
@@ -77,3 +77,12 @@ def test_an_archive_is_no_table_of_cryosparc(tmp_path):
     (tmp_path / "a.npz").rename(tmp_path / "a.cs")
     with pytest.raises(BadInput, match="archive of several arrays"):
         read_coordinates(tmp_path / "a.cs")
+
+
+def test_a_pixel_size_of_cryosparc_is_kept(tmp_path):
+    kinds = [("location/micrograph_path", "S20"), ("location/micrograph_shape", "<u4", (2,)), ("location/center_x_frac", "<f4"),
+             ("location/center_y_frac", "<f4"), ("location/micrograph_psize_A", "<f4")]  # fmt: skip
+    with open(tmp_path / "p.cs", "wb") as file:
+        np.save(file, np.array([(b"J1/a.mrc", (100, 200), 0.5, 0.25, 1.5)], dtype=kinds))
+    (table,) = read_coordinates(tmp_path / "p.cs").values()
+    assert table[PIXEL].tolist() == [1.5] and table[[X, Y]].to_numpy().tolist() == [[100.0, 25.0]]

@@ -315,6 +315,10 @@ def test_positions_from_micrographs_of_another_pixel_size_are_scaled_and_it_is_s
             assert (torch.stack([centroid(image) for image in images]) * 4.0 + found.particles.shift).abs().max() < 0.6
 
 
+    kept = read_particles(extracted("kept", **changes, particles=first / "particles.star", scale_positions=False) / "particles.star")
+    assert "multiplied by" not in log_of("kept") and len(kept) < 5  # taken as they are most lie outside
+
+
 def test_a_calibrated_pixel_size_moves_no_position(project):
     first = extracted("first")
     extracted("again", particles=first / "particles.star", pixel_size=2.03)

@@ -76,7 +76,7 @@ def match_names(found: Sequence[str], micrographs: Micrographs, by_file_name: bo
     return out
 
 
-def pick_positions(path: str, micrographs: Micrographs, by_file_name: bool, min_score: float | None) -> Wanted:
+def pick_positions(path: str, micrographs: Micrographs, by_file_name: bool, min_score: float | None, scaled: bool = True) -> Wanted:
     """Picked positions. Raises BadInput where none belongs to a micrograph, or scores are asked for that are not there."""
     found = read_coordinates(path)
     where = match_names(list(found), micrographs, by_file_name)
@@ -88,7 +88,7 @@ def pick_positions(path: str, micrographs: Micrographs, by_file_name: bool, min_
     if unknown:
         notes.append(f"{path}: {len(unknown)} micrographs are not in {micrographs.path} and are passed over (first: {unknown[0]})")
     names = [name for name in where if len(found[name])]
-    sizes, now = pick_pixels(Path(path), found), [micrographs.optics_of(where[name]).pixel_size for name in names]
+    sizes, now = pick_pixels(Path(path), found) if scaled else {}, [micrographs.optics_of(where[name]).pixel_size for name in names]
     factors, lines = scale_factors(path, np.array([sizes.get(name, 0.0) for name in names]), np.array(now))
     factor_of = dict(zip(names, factors.tolist(), strict=True))
     notes += lines
@@ -120,7 +120,7 @@ def pick_positions(path: str, micrographs: Micrographs, by_file_name: bool, min_
 
 
 def refined_positions(
-    path: Path, micrographs: Micrographs, by_file_name: bool, recentre: tuple[float, float, float] | None, reset: bool
+    path: Path, micrographs: Micrographs, by_file_name: bool, recentre: tuple[float, float, float] | None, reset: bool, scaled: bool = True
 ) -> Wanted:
     """Positions of refined particles, with everything known of them. Raises BadInput where none belongs to a micrograph."""
     origin = read_particles(path)
@@ -133,7 +133,7 @@ def refined_positions(
                        "--by-file-name matches names without folders")  # fmt: skip
     index = np.array([where.get(name, -1) for name in names])
     size = torch.tensor([o.pixel_size for o in micrographs.optics], dtype=torch.float64)[micrographs.group][index.clip(min=0)]
-    factors, lines = scale_factors(path, np.where(index < 0, 0.0, refined_pixels(origin)), size.numpy())
+    factors, lines = scale_factors(path, np.where((index < 0) | (not scaled), 0.0, refined_pixels(origin)), size.numpy())
     coordinate = torch.from_numpy(np.stack([origin.numbers(X), origin.numbers(Y)], -1) * factors[:, None])
     p = origin.particles
     shift = torch.zeros_like(p.shift) if reset else p.shift
