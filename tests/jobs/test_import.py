@@ -95,6 +95,12 @@ def test_mdoc_gives_optics_and_beam_shift_groups(project: Path, np_rng: np.rando
     assert len(table.optics) == 6 and {o.pixel_size for o in table.optics} == {0.83} and table.optics[0].voltage == 200
     assert table.group[0] == table.group[6] and "recorded dose 6.0" in Path("out/log.txt").read_text()
     assert imported("Movies/m_1.tif", "--pixel-size", "1", "--beam-shift-groups", output="none") == 2
+    movie("Movies/s_12.tif", np_rng)
+    Path("Movies/s_12.tif.mdoc").write_text(Path("Movies/s_11.tif.mdoc").read_text().replace("s_11", "s_12"))
+    again = ["Movies/*.mdoc", "--beam-shift-groups", "--append", "out/movies.star", "--clusters", "1"]
+    assert imported(*again, "--optics-group", "opticsGroup1_1", output="same") == 2  # cluster 1 now need not be cluster 1 then
+    assert imported(*again, "--optics-group", "later", output="later") == 0
+    assert read_movies("later/movies.star").optics[6].name == "later"
 
 
 def test_gain_is_turned_to_fit(project: Path, rng: torch.Generator, np_rng: np.random.Generator) -> None:

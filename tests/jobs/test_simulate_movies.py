@@ -65,6 +65,18 @@ def test_containers_hold_the_same_counts_and_the_truth_is_complete(here: Path) -
     assert (Path("tif") / "movies" / "mov0001.tif").read_bytes() != (Path("tif") / "movies" / "mov0002.tif").read_bytes()
 
 
+def test_a_stopped_run_goes_on(here: Path) -> None:
+    assert made("sim") == 0
+    first, second = (Path(f"sim/movies/mov000{k}.tif") for k in (1, 2))
+    whole, kept = second.read_bytes(), first.stat().st_mtime_ns
+    for name in ("RELION_JOB_EXIT_SUCCESS", "truth/mov0002_particles.star", "movies.star"):
+        (Path("sim") / name).unlink()
+    second.write_bytes(b"half")
+    Path("sim/state.json").write_text('{"state": "stopped"}')
+    assert made("sim", "--resume") == 0
+    assert second.read_bytes() == whole and first.stat().st_mtime_ns == kept and len(read_movies("sim/movies.star").names) == 2
+
+
 def test_damage_can_be_left_out_and_bad_input_is_one_line(here: Path, capsys) -> None:
     late = {}
     for option in ("--damage", "--no-damage"):

@@ -28,7 +28,7 @@ def gain_form(path: str | os.PathLike[str], eer: bool = False) -> Form:
     """What a gain reference holds: "factors" (corrected = raw × gain), or "counts" of an even beam, which have to be inverted.
 
     As a file that frazil wrote says in its header; else a `.gain` and references of other than EER movies are factors, MRC and TIFF
-    references of EER movies counts, as in RELION. Raises BadInput naming the file where it is an MRC that cannot be read.
+    references of EER movies counts, as in RELION.
     """
     path = Path(path)
     marked = marked_form(path)
@@ -41,7 +41,10 @@ def marked_form(path: Path) -> Form | None:
     """The form that frazil wrote into the header of a gain reference; None for another's."""
     if path.suffix.lower() not in (".mrc", ".mrcs", ".map"):
         return None
-    labels = read_labels(path)
+    try:
+        labels = read_labels(path)
+    except BadInput:
+        return None  # read_gain says what is wrong, or knows a mode that headers alone do not
     return next((form for form, mark in MARKS.items() if mark in labels), None)
 
 

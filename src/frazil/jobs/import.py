@@ -128,7 +128,7 @@ def _import_images(params: Params, run: Run, kind: str, paths: list[Path], found
         try:
             name = project_name(path, run, params.link)
             if name in before:
-                if not re.fullmatch(re.escape(params.optics_group) + r"(_\d+)?", before[name]):
+                if not (params.beam_shift_groups or re.fullmatch(re.escape(params.optics_group) + r"(_\d+)?", before[name])):
                     raise BadInput(f"{name}: is in {params.append} already, as {before[name]}; it cannot be in {params.optics_group} too")
                 continue
             if time.time() - path.stat().st_mtime < params.settle if path.exists() else False:
@@ -252,6 +252,10 @@ def _write_images(params: Params, run: Run, kind: str, found: Found, kinds: list
     table = pd.DataFrame({label: np.array(found.names, dtype=object), "rlnOpticsGroup": np.array(group, dtype=np.int64)})
     added = len(table)
     if params.append is not None:
+        clash = set(optics["rlnOpticsGroupName"] if len(optics) else ()) & set(_earlier(params, kind).values())
+        if clash and params.beam_shift_groups:
+            raise BadInput(f"{params.append}: has {sorted(clash)[0]}, which need not be the beam shift that is found now under this name; "
+                           "give another --optics-group")  # fmt: skip
         optics, table = joined(params.append, label, optics, table)
     output = run.path / f"{kind}.star"
     write_star(output, {"optics": optics, kind: table})

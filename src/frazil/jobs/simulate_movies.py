@@ -75,12 +75,13 @@ def run(params: Params, run: Run) -> None:
     for i in range(params.movies):
         made = simulate_movie(source, optics, settings_of(params, run.seed, i))
         name = f"movies/mov{i + 1:04d}.{params.container}"
-        capped = write_movie(run.path / name, made, params)
+        truth = f"truth/mov{i + 1:04d}_particles.star"  # comes last: where it is, the movie is whole
+        capped = 0 if run.resumed and (run.path / truth).exists() else write_movie(run.path / name, made, params)
         if i == 0:
             write_gain(run.path / "gain.mrc", made.gain, params.container == "eer")
         write_truth(run, made, i)
         rows.append((str(named / name), 1))
-        lists.append((str(named / name), str(named / f"truth/mov{i + 1:04d}_particles.star")))
+        lists.append((str(named / name), str(named / truth)))
         total += len(made.place)
         if capped:
             run.note(f"{name}: {capped} pixels count more than the format holds and are cut off")
