@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,8 +85,8 @@ def _optics(row: dict, number: int, path: Path) -> Optics:
                   name=str(row.get("rlnOpticsGroupName", f"opticsGroup{number}")))  # fmt: skip
 
 
-def drawn(table: MovieTable, upsampling: int) -> tuple[MovieTable, str]:
-    """The table with the pixel sizes of EER frames drawn at an upsampling, and a line for the user ("" where there is nothing to say).
+def drawn(table: MovieTable, upsampling: int, note: Callable[[str], None]) -> MovieTable:
+    """The table with the pixel sizes of EER frames drawn at an upsampling; `note` gets a line for the user where there is one.
 
     rlnEERUpsampling in data_optics (`frazil import` writes 1: the camera's pixels) says at which upsampling its pixel size holds. Without
     it, as in RELION's own movies.star, the pixel size is that of the frames as they are drawn: RELION takes it so. Raises BadInput where
@@ -93,15 +94,16 @@ def drawn(table: MovieTable, upsampling: int) -> tuple[MovieTable, str]:
     """
     eer = [Path(name).suffix.lower() == ".eer" for name in table.names]
     if not any(eer) or upsampling not in UPSAMPLINGS:  # opening a movie refuses the latter
-        return table, ""
+        return table
     if upsampling != 1 and not all(eer):
         raise BadInput(f"{table.path}: lists EER movies and others: --eer-upsampling {upsampling} would give them different pixels; "
                        "import them apart")  # fmt: skip
     if UPSAMPLING not in table.optics_table:
         size = ", ".join(f"{o.pixel_size:g}" for o in table.optics)
-        said = (f"{table.path}: has no _{UPSAMPLING}, so {size} Å is taken for the pixel of the frames as drawn (upsampling {upsampling}), "
-                "as RELION does, not for the camera's")  # fmt: skip
-        return table, said if upsampling != 1 else ""
+        if upsampling != 1:
+            note(f"{table.path}: has no _{UPSAMPLING}, so {size} Å is taken for the pixel of the frames as drawn (upsampling {upsampling}), "
+                 "as RELION does, not for the camera's")  # fmt: skip
+        return table
     try:
         factors = [UPSAMPLINGS[int(value)] / UPSAMPLINGS[upsampling] for value in table.optics_table[UPSAMPLING]]
     except (ValueError, KeyError):
@@ -109,8 +111,9 @@ def drawn(table: MovieTable, upsampling: int) -> tuple[MovieTable, str]:
     optics = tuple(replace(o, pixel_size=o.pixel_size * factor) for o, factor in zip(table.optics, factors, strict=True))
     changed = table.optics_table.assign(**{ORIGINAL: [repr(o.pixel_size) for o in optics], UPSAMPLING: str(upsampling)})
     sizes = [f"{a.pixel_size:g} Å becomes {b.pixel_size:g} Å" for a, b in zip(table.optics, optics, strict=True) if a != b]
-    said = f"EER drawn at upsampling {upsampling}: a pixel of {', '.join(dict.fromkeys(sizes))}" if sizes else ""
-    return replace(table, optics=optics, optics_table=changed), said
+    if sizes:
+        note(f"EER drawn at upsampling {upsampling}: a pixel of {', '.join(dict.fromkeys(sizes))}")
+    return replace(table, optics=optics, optics_table=changed)
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,7 @@ def run(params: Params, run: Run) -> None:
     report.html.
     """
     _keep_memory()
-    table, said = drawn(read_movies(params.movies), params.eer_upsampling)
-    if said:
-        run.note(said)
+    table = drawn(read_movies(params.movies), params.eer_upsampling, run.note)
     if min(params.patches) < 1 or max(params.patches) > 30:
         raise BadInput(f"--patches: columns and rows from 1 to 30, got {params.patches[0]} {params.patches[1]}")
     job = _Job(params, run, table, _settings(params, table))
