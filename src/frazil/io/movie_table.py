@@ -101,8 +101,8 @@ def drawn(table: MovieTable, upsampling: int, note: Callable[[str], None]) -> Mo
     if UPSAMPLING not in table.optics_table:
         size = ", ".join(f"{o.pixel_size:g}" for o in table.optics)
         if upsampling != 1:
-            note(f"{table.path}: has no _{UPSAMPLING}, so {size} Å is taken for the pixel of the frames as drawn (upsampling {upsampling}), "
-                 "as RELION does, not for the camera's")  # fmt: skip
+            note(f"{table.path}: has no _{UPSAMPLING}, so {size} Å is taken for the pixel of the frames as drawn "
+                 f"(upsampling {upsampling}), as RELION does, not for the camera's")  # fmt: skip
         return table
     try:
         factors = [UPSAMPLINGS[int(value)] / UPSAMPLINGS[upsampling] for value in table.optics_table[UPSAMPLING]]
