@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from frazil.data import BadInput
-from frazil.io.coordinates import CLASS, PSI, SCORE, X, Y, read_coordinates, root, write_coordinates, write_cs
+from frazil.io.coordinates import CLASS, PIXEL, PSI, SCORE, X, Y, read_coordinates, root, write_coordinates, write_cs
 from frazil.io.star import write_star
 
 TABLE = pd.DataFrame({X: [100.5, 20.25], Y: [40.0, 300.75], SCORE: [0.9, 0.1], CLASS: [2, 1], PSI: [10.0, -95.0]})
@@ -61,7 +61,8 @@ def test_reads_relions_own(shared_data):
 @pytest.mark.parametrize("name, text, message", [
     ("a.box", "1 2\n", "expected 4 or more"), ("a.box", "a b c d\n", "expected 4 or more numbers"), 
     ("a.csv", "p,q\n1,2\n", "heading with x and y"),
-    ("a.csv", "x,y\n1,abc\n", "row 1"), ("a.cs", "nonsense", "cryoSPARC"),
+    ("a.csv", "x,y\n1,abc\n", "row 1"), ("a.cs", "nonsense", "cryoSPARC"), ("a.cs", "", "it is empty"),
+    ("a.cs", "PK\x03\x04 no archive", "cryoSPARC"),
     ("a.star", "data_\n\nloop_\n_rlnOther\n1\n", "_rlnCoordinateX"), ("missing.star", None, "no such file"),
 ])  # fmt: skip
 def test_bad_files(name, text, message, tmp_path):
@@ -69,3 +70,19 @@ def test_bad_files(name, text, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(BadInput, match=message):
         read_coordinates(tmp_path / name)
+
+
+def test_an_archive_is_no_table_of_cryosparc(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    (tmp_path / "a.npz").rename(tmp_path / "a.cs")
+    with pytest.raises(BadInput, match="archive of several arrays"):
+        read_coordinates(tmp_path / "a.cs")
+
+
+def test_a_pixel_size_of_cryosparc_is_kept(tmp_path):
+    kinds = [("location/micrograph_path", "S20"), ("location/micrograph_shape", "<u4", (2,)), ("location/center_x_frac", "<f4"),
+             ("location/center_y_frac", "<f4"), ("location/micrograph_psize_A", "<f4")]  # fmt: skip
+    with open(tmp_path / "p.cs", "wb") as file:
+        np.save(file, np.array([(b"J1/a.mrc", (100, 200), 0.5, 0.25, 1.5)], dtype=kinds))
+    (table,) = read_coordinates(tmp_path / "p.cs").values()
+    assert table[PIXEL].tolist() == [1.5] and table[[X, Y]].to_numpy().tolist() == [[100.0, 25.0]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from frazil.data import BadInput
-from frazil.io.gain import fit_gain, oriented, read_defects, read_gain
+from frazil.io.gain import fit_gain, gain_form, inverted, oriented, read_defects, read_gain, write_gain
 from frazil.io.mrc import write_mrc
 
 # As displayed, row 0 at the bottom: a letter F.
@@ -46,6 +46,18 @@ def test_forms(tmp_path: Path, rng: torch.Generator) -> None:
     (tmp_path / "g.tif").write_bytes((tmp_path / "g.gain").read_bytes())
     assert torch.equal(read_gain(tmp_path / "g.gain", eer=True), gain)  # factors already, not turned over
     assert torch.equal(read_gain(tmp_path / "g.tif"), gain.flip(0))
+
+
+def test_files_that_say_what_they_hold(tmp_path: Path, rng: torch.Generator) -> None:
+    gain = 1 + 0.1 * torch.rand(64, 72, generator=rng)
+    gain[2, 3] = 0
+    for written in (False, True):
+        write_gain(tmp_path / "g.mrc", gain, eer=written)
+        for eer in (False, True):  # whatever the movies
+            assert gain_form(tmp_path / "g.mrc", eer) == ("counts" if written else "factors")
+            found = read_gain(tmp_path / "g.mrc", eer)
+            assert torch.allclose(found / found[0, 0], gain / gain[0, 0], rtol=1e-5)
+    assert torch.equal(inverted(torch.tensor([[2.0, 0.0, 4.0]])), torch.tensor([[1.5, 0.0, 0.75]]))
 
 
 def test_sizes() -> None:

@@ -114,6 +114,9 @@ def test_what_is_refused(tmp_path: Path, np_rng: np.random.Generator) -> None:
             file.write(np.zeros((side, 8), np.uint8), photometric="minisblack")
     with pytest.raises(BadInput, match="frame 2 is 8 x 9 px, the first 8 x 8"):
         open_movie(tmp_path / "uneven.tif")
+    tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((3, 8, 8, 3), np.uint8), photometric="rgb")
+    with pytest.raises(BadInput, match=r"holds colour pictures \(8 x 8 x 3 values a frame\)"):
+        open_movie(tmp_path / "rgb.tif")
     write_mrc_movie(tmp_path / "a.mrcs", frames.astype(np.int8), 1.0)
     (tmp_path / "a.mrcs").write_bytes((tmp_path / "a.mrcs").read_bytes()[:-100])
     with pytest.raises(BadInput, match="truncated"):

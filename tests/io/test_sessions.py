@@ -42,7 +42,18 @@ def test_broken_mdoc(tmp_path: Path, content: bytes, said: str) -> None:
         read_mdoc(tmp_path / "a.mdoc")
 
 
-@pytest.mark.parametrize("content, said", [("<a><b></a>", "is not XML"), ("<other/>", "MicroscopeImage")])
+DOSE = "<MicroscopeImage><CustomData><Pair><Key>Dose</Key><Value>{}</Value></Pair></CustomData></MicroscopeImage>"
+
+
+def test_dose_of_xml(tmp_path: Path) -> None:
+    (tmp_path / "a.xml").write_text(DOSE.format("24e20"))
+    assert read_epu(tmp_path / "a.xml").dose == pytest.approx(24)
+
+
+@pytest.mark.parametrize("content, said", [
+    ("<a><b></a>", "is not XML"), ("<other/>", "MicroscopeImage"), (DOSE.format("much"), "Dose is 'much'; expected a number"),
+    (DOSE.format("inf"), "Dose is 'inf'"), ('<?xml version="1.0" encoding="no-such"?><a/>', "is not XML"),
+])  # fmt: skip
 def test_broken_xml(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "a.xml").write_text(content)
     with pytest.raises(BadInput, match=said):

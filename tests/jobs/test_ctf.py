@@ -211,6 +211,17 @@ def test_an_earlier_estimate_is_replaced(project: Path) -> None:
     assert read_mrc("out/mics/a.ctf").data.shape == (1, 512, 512)
 
 
+def test_constants_from_options_where_a_table_with_a_ctf_has_none(project: Path, capsys) -> None:
+    columns = {"rlnMicrographName": ["mics/a.mrc"], "rlnMicrographPixelSize": [1.5], "rlnDefocusU": [5.0], "rlnDefocusV": [5.0]}
+    write_star("mics.star", {"micrographs": pd.DataFrame(columns)})
+    assert main(COMMAND) == 2
+    assert "give --voltage" in capsys.readouterr().err
+    assert main([*COMMAND, "--voltage", "200", "--cs", "1.4", "--amplitude-contrast", "0.1"]) == 0
+    table = read_micrographs("out/micrographs_ctf.star")
+    assert (table.optics[0].voltage, table.optics[0].cs) == (200.0, 1.4)
+    assert float(table.defocus[0, :2].mean()) == pytest.approx(11000, abs=80)
+
+
 def test_outliers() -> None:
     values = np.array([10.0, 11, 9, 10.5, 9.5, 80, np.nan])
     assert outliers(values, 0.1).tolist() == [False] * 5 + [True, False]

@@ -11,6 +11,7 @@ import torch
 from frazil.data import BadInput
 from frazil.io.mrc import read_header, read_stack, write_mrc
 from frazil.io.particles import open_images, read_particles
+from frazil.io.stacks import StackWriter
 from frazil.io.star import read_star, write_star
 from frazil.jobs import extract, extract_work
 from frazil.jobs.run import Options, execute
@@ -332,3 +333,73 @@ def test_premultiplied_images_are_marked(project):
     assert all(o.ctf_premultiplied for o in found.particles.optics)
     plain = open_images(read_particles(extracted("plain") / "particles.star"))[torch.arange(5)]
     assert (open_images(found)[torch.arange(5)] - plain).abs().max() > 1
+
+
+def test_boxes_that_are_all_outside_are_named_as_the_reason(project):
+    with pytest.raises(BadInput, match=r"no particle could be extracted from 2 micrographs: 5 positions are outside their micrograph"):
+        extracted("out", box=1000)
+
+
+def test_a_full_disk_is_named(project):
+    """A file whose writing the system refuses: the reason is the system's, whatever the amount written."""
+    from resource import RLIMIT_FSIZE, getrlimit, setrlimit
+    from signal import SIG_IGN, SIGXFSZ, signal
+
+    before, limits = signal(SIGXFSZ, SIG_IGN), getrlimit(RLIMIT_FSIZE)
+    writers = StackWriter("big.mrcs", 64, 1.0)
+    try:
+        setrlimit(RLIMIT_FSIZE, (50_000, limits[1]))
+        with pytest.raises(BadInput, match="big.mrcs: cannot be written: the file is larger than this system allows"), writers as stack:
+            stack.append(torch.zeros(20, 64, 64))
+    finally:
+        setrlimit(RLIMIT_FSIZE, limits)
+        signal(SIGXFSZ, before)
+
+
+def binned(folder: str, factor: int = 2) -> None:
+    """The micrographs binned by averaging in Fourier space, and small.star, whose optics have their pixel size."""
+    Path(folder).mkdir()
+    for name in PLACES:
+        image = read_stack(f"{name}.mrc")[0].double()
+        ft = torch.fft.fftshift(torch.fft.fft2(image))
+        h, w = (n // factor for n in image.shape)
+        top, left = (image.shape[0] - h) // 2, (image.shape[1] - w) // 2
+        small = torch.fft.ifft2(torch.fft.ifftshift(ft[top : top + h, left : left + w])).real / factor**2
+        write_mrc(f"{folder}/{name}.mrc", small.float(), 2.0 * factor)
+    write_micrographs(lambda star: star["optics"].update({"rlnMicrographPixelSize": pd.Series([2.0 * factor] * 2)}))
+    star = read_star("micrographs.star", text=True)
+    star["micrographs"]["rlnMicrographName"] = [f"{folder}/{name}" for name in star["micrographs"]["rlnMicrographName"]]
+    write_star("small.star", star)
+    write_micrographs()
+
+
+def test_positions_from_micrographs_of_another_pixel_size_are_scaled_and_it_is_said(project):
+    binned("small")
+    first = extracted("first")
+    summary = pd.DataFrame({"rlnMicrographName": ["a.mrc", "b.mrc"], "rlnMicrographPixelSize": [2.0, 2.0]})
+    write_star("summary.star", {"": summary})  # as `frazil pick` leaves it beside autopick.star
+    changes = {"micrographs": Path("small.star"), "box": 20, "by_file_name": True}
+    for out, source in (("picks", {}), ("refined", {"particles": first / "particles.star"}),
+                        ("table", {"coordinates": str(first / "particles.star")})):  # fmt: skip
+        found = read_particles(extracted(out, **changes, **source) / "particles.star")
+        assert len(found) == 5 and {o.pixel_size for o in found.particles.optics} == {4.0}
+        place = np.stack([found.numbers("rlnCoordinateX"), found.numbers("rlnCoordinateY")], -1) - found.particles.shift.numpy() / 4.0
+        names = [Path(name).name for name in found.table["rlnMicrographName"]]
+        atol = 0.3 if out == "table" else 1e-5  # there the whole px of the first extraction are the positions
+        assert np.abs(place - true_places(names) / 2).max() < atol
+        assert "coordinates count pixels of 2 Å, the micrographs have 4 Å: multiplied by 0.5" in log_of(out)
+        images = open_images(found)[torch.arange(5)]
+        if out != "table":
+            assert (torch.stack([centroid(image) for image in images]) * 4.0 + found.particles.shift).abs().max() < 0.6
+
+
+    kept = read_particles(extracted("kept", **changes, particles=first / "particles.star", scale_positions=False) / "particles.star")
+    assert "multiplied by" not in log_of("kept") and len(kept) < 5  # taken as they are most lie outside
+
+
+def test_a_calibrated_pixel_size_moves_no_position(project):
+    first = extracted("first")
+    extracted("again", particles=first / "particles.star", pixel_size=2.03)
+    assert "taken for a better calibration of the same pixels" in log_of("again")
+    a, b = (read_particles(folder / "particles.star") for folder in (first, Path("again")))
+    assert np.array_equal(a.numbers("rlnCoordinateX"), b.numbers("rlnCoordinateX"))

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from frazil.cli import main
+from frazil.io.eer import events_of, write_eer
+from frazil.io.gain import read_gain
 from frazil.io.movie_table import read_movies
 from frazil.io.movies import write_mrc_movie, write_tiff
 from frazil.io.mrc import read_mrc, write_mrc
-from frazil.io.star import read_star
+from frazil.io.star import read_star, write_star
 
 
 def movie(path: str, rng: np.random.Generator, size: tuple[int, int] = (40, 48), gain: np.ndarray | None = None, mean: float = 3.0) -> None:
@@ -93,6 +95,12 @@ def test_mdoc_gives_optics_and_beam_shift_groups(project: Path, np_rng: np.rando
     assert len(table.optics) == 6 and {o.pixel_size for o in table.optics} == {0.83} and table.optics[0].voltage == 200
     assert table.group[0] == table.group[6] and "recorded dose 6.0" in Path("out/log.txt").read_text()
     assert imported("Movies/m_1.tif", "--pixel-size", "1", "--beam-shift-groups", output="none") == 2
+    movie("Movies/s_12.tif", np_rng)
+    Path("Movies/s_12.tif.mdoc").write_text(Path("Movies/s_11.tif.mdoc").read_text().replace("s_11", "s_12"))
+    again = ["Movies/*.mdoc", "--beam-shift-groups", "--append", "out/movies.star", "--clusters", "1"]
+    assert imported(*again, "--optics-group", "opticsGroup1_1", output="same") == 2  # cluster 1 now need not be cluster 1 then
+    assert imported(*again, "--optics-group", "later", output="later") == 0
+    assert read_movies("later/movies.star").optics[6].name == "later"
 
 
 def test_gain_is_turned_to_fit(project: Path, rng: torch.Generator, np_rng: np.random.Generator) -> None:
@@ -103,6 +111,135 @@ def test_gain_is_turned_to_fit(project: Path, rng: torch.Generator, np_rng: np.r
     assert imported("Movies/*.tif", "--pixel-size", "1", "--gain", "given.mrc") == 0
     assert torch.equal(read_mrc("out/gain.mrc").data[0], gain)
     assert "rotation 3, flip 0" in Path("out/log.txt").read_text()
+
+
+def test_a_gain_that_fits_nowhere_is_not_said_to_fit(project: Path, rng: torch.Generator, np_rng: np.random.Generator) -> None:
+    write_mrc("given.mrc", torch.exp(0.1 * torch.randn(40, 48, generator=rng)), 1.0)
+    assert imported("Movies/*.tif", "--pixel-size", "1", "--gain", "given.mrc") == 0
+    log = Path("out/log.txt").read_text()
+    assert "gain fits in NO orientation and is not turned" in log and "gain fits with" not in log
+
+
+@pytest.fixture(scope="module")
+def eer_gain() -> torch.Tensor:
+    """(64, 64) factors with one bad pixel."""
+    gain = torch.exp(0.15 * torch.randn(64, 64, generator=torch.Generator().manual_seed(3)))
+    gain[5, 6] = 0
+    return gain
+
+
+@pytest.fixture
+def eer(project: Path, np_rng: np.random.Generator, eer_gain: torch.Tensor) -> Path:
+    """Movies/e.eer of a texture that moves, seen by a camera with that gain; 4 frames of 20 camera frames."""
+    texture = 0.3 * np.sin(np.arange(64) / 3)[None] * np.cos(np.arange(64) / 4)[:, None]
+    sensitivity = np.where(eer_gain > 0, 1 / eer_gain.clamp(min=0.1), 0)
+    data = [b for f in range(4)
+            for b in events_of(np.minimum(np_rng.poisson(8 * sensitivity * (1 + np.roll(texture, f, 1))), 20), 20, np_rng)]  # fmt: skip
+    write_eer("Movies/e.eer", data, (64, 64))
+    return project
+
+
+@pytest.mark.parametrize("kind", ["counts.mrc", "factors.mrc", "vendor.gain", "turned.mrc"])
+def test_gains_of_eer_movies_go_from_import_to_motion(eer: Path, eer_gain: torch.Tensor, kind: str) -> None:
+    import tifffile
+
+    write_mrc("counts.mrc", torch.where(eer_gain > 0, 50 / eer_gain.clamp(min=0.1), 0.0), 1.0)
+    write_mrc("factors.mrc", eer_gain, 1.0)
+    write_mrc("turned.mrc", torch.rot90(eer_gain, 1, (0, 1)), 1.0)
+    tifffile.imwrite("vendor.gain", eer_gain.numpy())
+    assert imported("Movies/e.eer", "--pixel-size", "1", "--gain", kind) == 0
+    given = read_gain("out/gain.mrc", eer=True)
+    ratio = (given / eer_gain)[eer_gain > 0]
+    assert given[5, 6] == 0 and float(ratio.std() / ratio.mean()) < 1e-5  # factors again, in the right orientation
+    reference = read_mrc("out/gain.mrc").data[0]
+    assert torch.allclose(reference * given, (reference * given).max() * (given > 0), rtol=1e-4)  # counts, as RELION expects for EER
+    log = Path("out/log.txt").read_text()
+    assert "gain fits with rotation" in log and ("holds factors, which is not usual" in log) == (kind in ("factors.mrc", "turned.mrc"))
+    options = ["--eer-grouping", "20", "--patches", "1", "1", "--spectrum-size", "0", "--quiet", "--device", "cpu", "--threads", "1"]
+    assert main(["motion", "out/movies.star", "--gain", "out/gain.mrc", "--output", "m", *options]) == 0
+    said = Path("m/log.txt").read_text()
+    assert "mean counts" in said and "inverted" in said and "no orientation" not in said
+
+
+def test_motion_refuses_factors_where_eer_has_counts_and_says_what_to_do(eer: Path, eer_gain: torch.Tensor, capsys) -> None:
+    write_mrc("factors.mrc", eer_gain, 1.0)
+    assert imported("Movies/e.eer", "--pixel-size", "1") == 0
+    options = ["--eer-grouping", "20", "--patches", "1", "1", "--spectrum-size", "0", "--quiet", "--device", "cpu", "--threads", "1"]
+    assert main(["motion", "out/movies.star", "--gain", "factors.mrc", "--output", "m", *options]) == 2
+    assert "holds factors, not the counts" in capsys.readouterr().err
+
+
+def test_a_movie_that_cannot_be_decoded_is_left_out_of_the_test_of_the_gain(project: Path, rng: torch.Generator, capsys) -> None:
+    import tifffile
+
+    write_mrc("given.mrc", torch.exp(0.1 * torch.randn(40, 48, generator=rng)), 1.0)
+    whole = bytearray(Path("Movies/m_1.tif").read_bytes())
+    with tifffile.TiffFile("Movies/m_1.tif") as file:
+        start, length = file.pages[1].dataoffsets[0], file.pages[1].databytecounts[0]
+    whole[start : start + length] = b"\xff" * length  # the header is good, frame 2 is not
+    Path("Movies/m_1.tif").write_bytes(bytes(whole))
+    assert imported("Movies/*.tif", "--pixel-size", "1", "--gain", "given.mrc") == 2
+    assert "m_1.tif" in (said := capsys.readouterr().err) and "--skip-bad" in said
+    assert imported("Movies/*.tif", "--pixel-size", "1", "--gain", "given.mrc", "--skip-bad") == 0
+    assert read_movies("out/movies.star").names == ("Movies/m_2.tif", "Movies/m_10.tif")
+    assert "left out: Movies/m_1.tif" in Path("out/log.txt").read_text()
+
+
+def test_defects_are_checked_without_a_gain_too(project: Path, capsys) -> None:
+    Path("good.txt").write_text("1 2 3 4\n")
+    Path("bad.txt").write_text("1 2 3\n")
+    Path("wide.txt").write_text("48 2 3 4\n")
+    assert imported("Movies/*.tif", "--pixel-size", "1", "--defects", "good.txt", output="good") == 0
+    for name, said in (("bad.txt", "line 1: expected four whole numbers"), ("wide.txt", "lies outside frames of 48 x 40 px")):
+        assert imported("Movies/*.tif", "--pixel-size", "1", "--defects", name) == 2
+        assert said in capsys.readouterr().err
+    assert imported("given.mrc", "--kind", "map", "--defects", "good.txt") == 2
+
+
+def mdoc(name: str, pixel: float, voltage: float | None = 300) -> None:
+    head = "" if voltage is None else f"Voltage = {voltage}\n"
+    Path(f"Movies/{name}.tif.mdoc").write_text(f"{head}[FrameSet = 0]\nPixelSpacing = {pixel}\nSubFramePath = X:\\{name}.tif\n")
+
+
+def test_mixed_mdoc_files_make_optics_groups_of_their_own(project: Path, np_rng: np.random.Generator, capsys) -> None:
+    movie("Movies/m_3.tif", np_rng)
+    for name, pixel, voltage in (("m_1", 1.2, 300), ("m_2", 0.83, 300), ("m_3", 0.83, 200), ("m_10", 0.8302, 300)):
+        mdoc(name, pixel, voltage)
+    assert imported("Movies/*.mdoc") == 0
+    table = read_movies("out/movies.star")
+    found = {name: (o.pixel_size, o.voltage) for name, o in zip(table.names, (table.optics[g] for g in table.group), strict=True)}
+    assert found == {"Movies/m_1.tif": (1.2, 300), "Movies/m_2.tif": (0.83, 300), "Movies/m_3.tif": (0.83, 200),
+                     "Movies/m_10.tif": (0.83, 300)}  # fmt: skip
+    assert len(table.optics) == 3 and "files of 3 kinds" in Path("out/log.txt").read_text()
+    again = ["Movies/*.mdoc", "--append", "out/movies.star"]
+    assert imported(*again, output="again") == 0 and len(read_movies("again/movies.star").names) == 4
+    assert imported("Movies/*.mdoc", "--pixel-size", "0.83", "--voltage", "300", output="one") == 0
+    log = Path("one/log.txt").read_text()
+    assert "m_1.tif.mdoc: says pixels of 1.2 Å, not 0.83" in log and "m_3.tif.mdoc: says 200 kV, not 300" in log
+    Path("Movies/m_10.tif.mdoc").unlink()
+    assert imported("Movies/*.tif", output="lost") == 2
+    said = capsys.readouterr().err
+    assert "Movies/m_10.tif: nothing tells its pixel size, and others have 0.83, 1.2 Å" in said
+    assert "Movies/m_10.tif: nothing tells its voltage" in said
+
+
+def test_append_writes_no_number_that_was_not_there(project: Path, np_rng: np.random.Generator, capsys) -> None:
+    Path("mtf.star").write_text("data_\n")
+    assert imported("Movies/m_1.tif", "--pixel-size", "1", "--beam-tilt", "0.1", "0.2", output="tilt") == 0
+    assert imported("Movies/m_1.tif", "--pixel-size", "1", "--mtf", "mtf.star", output="mtf") == 0
+    new = ["Movies/m_2.tif", "--pixel-size", "1", "--optics-group", "new"]
+    assert imported(*new, "--append", "tilt/movies.star") == 0  # no beam tilt is none: RELION takes 0 where the label is missing
+    assert read_movies("out/movies.star").optics_table["rlnBeamTiltX"].tolist() == ["0.1", "0"]
+    assert imported(*new, "--append", "mtf/movies.star", output="no") == 2
+    assert "has _rlnMtfFileName, which the new rows do not have" in capsys.readouterr().err
+    assert imported(*new, "--append", "mtf/movies.star", "--mtf", "mtf.star", output="both") == 0
+    assert imported("Movies/m_2.tif", "--pixel-size", "1", "--append", "tilt/movies.star", "--mtf", "mtf.star", output="other") == 2
+    assert "optics group opticsGroup1 has _rlnMtfFileName none, not mtf.star" in capsys.readouterr().err
+    star = read_star("tilt/movies.star", text=True)
+    star["movies"]["rlnDefocusU"] = "10000"
+    write_star("more.star", star)
+    assert imported(*new, "--append", "more.star", output="ctf") == 2
+    assert "has _rlnDefocusU, which the new rows do not have" in capsys.readouterr().err
 
 
 def test_micrographs_maps_and_coordinates(project: Path, rng: torch.Generator) -> None:

@@ -226,7 +226,29 @@ def test_eer_with_a_note_on_what_is_left_over(project: Path, np_rng: np.random.G
     assert read_header("out/Movies/c.mrc").shape == (1, 128, 128)
     general = read_motion("out/Movies/c.star").general
     assert general["rlnEERUpsampling"] == 2 and general["rlnEERGrouping"] == 20 and general["rlnMicrographDoseRate"] == pytest.approx(2.0)
-    assert "the last 1 of 101 camera frames" in Path("out/log.txt").read_text()
+    assert "the last 1 of 101 camera frames" in (log := Path("out/log.txt").read_text())
+    # Listed without rlnEERUpsampling, as by RELION: the pixel size is that of the frames as drawn.
+    assert "has no _rlnEERUpsampling, so 1.1 Å is taken for the pixel of the frames as drawn" in log
+    assert read_header("out/Movies/c.mrc").pixel_size[0] == pytest.approx(1.1)
+
+
+def test_pixels_of_eer_follow_the_upsampling(project: Path, np_rng: np.random.Generator, capsys) -> None:
+    data = [b for _ in range(3) for b in events_of(np.minimum(np_rng.poisson(3, (64, 64)), 12), 12, np_rng)]
+    write_eer("Movies/c.eer", data, (64, 64))
+    assert main(["import", "Movies/c.eer", "--pixel-size", "1.5", "--settle", "0", "--output", "i", "--quiet"]) == 0
+    options = ["--patches", "1", "1", "--spectrum-size", "0", "--quiet", "--eer-grouping", "12", "--bin", "2"]
+    for upsampling, side, pixel in ((1, 32, 1.5), (2, 64, 0.75)):
+        out = f"up{upsampling}"
+        assert main(["motion", "i/movies.star", "--output", out, *options, "--eer-upsampling", str(upsampling)]) == 0
+        header = read_header(f"{out}/Movies/c.mrc")
+        assert header.shape == (1, side, side) and header.pixel_size[0] == pytest.approx(2 * pixel)  # the field stays 96 Å wide
+        table = read_micrographs(f"{out}/corrected_micrographs.star")
+        assert table.optics[0].pixel_size == pytest.approx(2 * pixel) and "rlnEERUpsampling" not in table.optics_table
+        assert float(table.optics_table["rlnMicrographOriginalPixelSize"].iloc[0]) == pytest.approx(pixel)
+        assert read_motion(f"{out}/Movies/c.star").general["rlnMicrographOriginalPixelSize"] == pytest.approx(pixel)
+    assert "a pixel of 1.5 Å becomes 0.75 Å" in Path("up2/log.txt").read_text()
+    listed(["Movies/c.eer", "Movies/a.tif"])
+    assert main([*COMMAND, "--eer-upsampling", "2"]) == 2 and "lists EER movies and others" in capsys.readouterr().err
 
 
 def test_what_is_refused(project: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,14 @@ def test_picks_pictures_maps_and_report(made, tmp_path):
         assert np.allclose(b[[X, Y]], a[a[SCORE] >= 0.6][[X, Y]], atol=0.6)  # angles and maps are kept in half precision, FOM is not
     with pytest.raises(BadInput, match="--write-fom"):
         picked(made, tmp_path / "no", read_fom=str(tmp_path / "nothing"))
+    for grid in (out / "fom").rglob("*_grid.json"):
+        grid.write_text("[]")
+    with pytest.raises(BadInput, match=r"_grid\.json: cannot be read"):
+        picked(made, tmp_path / "list", read_fom=str(out))
+    for content in (b"", b"no archive"):
+        (out / "plan.pt").write_bytes(content)
+        with pytest.raises(BadInput, match=r"plan\.pt is missing or not whole"):
+            picked(made, tmp_path / "none", read_fom=str(out))
 
 
 def test_a_resumed_run_keeps_what_is_there_and_does_the_rest(made, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from frazil.io.images import find_stack
 from frazil.io.star import first_table, read_star, write_star
 
 X, Y, SCORE, CLASS, PSI = "rlnCoordinateX", "rlnCoordinateY", "rlnAutopickFigureOfMerit", "rlnClassNumber", "rlnAnglePsi"
-NAME, FILE = "rlnMicrographName", "rlnMicrographCoordinates"
+NAME, FILE, PIXEL = "rlnMicrographName", "rlnMicrographCoordinates", "rlnMicrographPixelSize"
 FORMATS = (".star", ".box", ".cs", ".cbox", ".csv")
 TEXT_FORMATS = (".csv", ".txt", ".coords", ".tsv")
 _HEADS = {
@@ -248,9 +249,13 @@ def _read_text(path: Path) -> pd.DataFrame:
 def _read_cs(path: Path) -> dict[str, pd.DataFrame]:
     """Particle locations of cryoSPARC (a NumPy file)."""
     try:
-        rows = np.load(path)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read as a cryoSPARC file: {error}") from error
+        with open(path, "rb") as file:
+            rows = np.load(file)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        said = error if path.stat().st_size else "it is empty"
+        raise BadInput(f"{path}: cannot be read as a cryoSPARC file: {said}") from error
+    if not isinstance(rows, np.ndarray):
+        raise BadInput(f"{path}: is a NumPy archive of several arrays (.npz); expected the one table of a cryoSPARC .cs file")
     fields = rows.dtype.names or ()
     needed = ("location/micrograph_path", "location/micrograph_shape", "location/center_x_frac", "location/center_y_frac")
     missing = [name for name in needed if name not in fields]
@@ -259,6 +264,8 @@ def _read_cs(path: Path) -> dict[str, pd.DataFrame]:
     shape = rows["location/micrograph_shape"].astype(float)
     table = pd.DataFrame({NAME: [n.decode() if isinstance(n, bytes) else str(n) for n in rows["location/micrograph_path"]],
                           X: rows["location/center_x_frac"] * shape[:, 1], Y: rows["location/center_y_frac"] * shape[:, 0]})  # fmt: skip
+    if "location/micrograph_psize_A" in fields:
+        table[PIXEL] = rows["location/micrograph_psize_A"].astype(float)
     if "pick_stats/ncc_score" in fields:
         table[SCORE] = rows["pick_stats/ncc_score"].astype(float)
     if "pick_stats/angle_rad" in fields:

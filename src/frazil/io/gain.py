@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,18 +11,62 @@ from torch import Tensor
 
 from frazil.data import BadInput
 from frazil.io.micrographs import read_micrograph
+from frazil.io.mrc import read_labels, write_mrc
 
+Form = Literal["factors", "counts"]
+MARKS: dict[Form, str] = {"factors": "frazil gain: factors, corrected = raw x gain", "counts": "frazil gain: mean counts, to be inverted"}
+OTHER_FORM: dict[Form, str] = {  # what to say where a file holds the other form than the one it is taken for
+    "factors": "holds counts, not factors: `frazil import --gain` recognises and inverts it, or give its inverse (mean/reference)",
+    "counts": "holds factors, not the counts that a reference of EER movies holds: `frazil import --gain` recognises and converts it",
+}
 TURNS = (0, 1, 2, 3)
 FLIPS = {0: "none", 1: "upside down", 2: "left-right"}
 SERIALEM_WORDS = ("CameraSize", "RotationAndFlip", "K2Type", "BadColumn", "BadPixels", "BadRow", "PartialBad", "UsableArea")
 
 
-def read_gain(path: str | os.PathLike[str], eer: bool = False, turn: int = 0, flip: int = 0) -> Tensor:
+def gain_form(path: str | os.PathLike[str], eer: bool = False) -> Form:
+    """What a gain reference holds: "factors" (corrected = raw × gain), or "counts" of an even beam, which have to be inverted.
+
+    As a file that frazil wrote says in its header; else a `.gain` and references of other than EER movies are factors, MRC and TIFF
+    references of EER movies counts, as in RELION.
+    """
+    path = Path(path)
+    marked = marked_form(path)
+    if marked is not None:
+        return marked
+    return "counts" if eer and path.suffix.lower() != ".gain" else "factors"
+
+
+def marked_form(path: Path) -> Form | None:
+    """The form that frazil wrote into the header of a gain reference; None for another's."""
+    if path.suffix.lower() not in (".mrc", ".mrcs", ".map"):
+        return None
+    try:
+        labels = read_labels(path)
+    except BadInput:
+        return None  # read_gain says what is wrong, or knows a mode that headers alone do not
+    return next((form for form, mark in MARKS.items() if mark in labels), None)
+
+
+def write_gain(path: str | os.PathLike[str], gain: Tensor, eer: bool = False) -> None:
+    """Write a multiplicative gain (H, W) as MRC, its form marked in the header: for EER movies as counts, which RELION expects of them
+    too.
+    """
+    form: Form = "counts" if eer else "factors"
+    write_mrc(path, inverted(gain) if eer else gain, 1.0, label=MARKS[form])
+
+
+def inverted(reference: Tensor) -> Tensor:
+    """mean/reference, 0 where the reference is 0: factors of counts, or counts of factors."""
+    good = reference > 0
+    return torch.where(good, reference[good].mean() / reference.clamp(min=1e-30), torch.zeros_like(reference))
+
+
+def read_gain(path: str | os.PathLike[str], eer: bool = False, turn: int = 0, flip: int = 0, form: Form | None = None) -> Tensor:
     """(H, W) float32 multiplicative gain, 0 where a pixel is bad; turned by `turn` × 90° clockwise as displayed, then flipped.
 
-    TIFF is turned upside down as movies are, but a `.gain` of the vendor (a TIFF) is not, since EER is not. References in MRC for EER
-    movies
-    (`eer`) are mean counts: they are inverted, mean/reference. Raises BadInput naming the file.
+    TIFF is turned upside down as movies are, but a `.gain` of the vendor (a TIFF) is not, since EER is not. Counts are inverted,
+    mean/reference; form: what the file holds, if not what gain_form says. Raises BadInput naming the file.
     """
     path = Path(path)
     if path.suffix.lower() in (".dm4", ".dm3"):
@@ -34,10 +79,7 @@ def read_gain(path: str | os.PathLike[str], eer: bool = False, turn: int = 0, fl
         raise BadInput(f"{path}: holds no positive finite values; expected a gain reference")
     if float(data.min()) < 0:
         raise BadInput(f"{path}: holds negative values (lowest {float(data.min()):.3g}); expected a gain reference")
-    if eer and path.suffix.lower() != ".gain":
-        good = data > 0
-        data = torch.where(good, data[good].mean() / data.clamp(min=1e-30), torch.zeros_like(data))
-    return oriented(data, turn, flip)
+    return oriented(inverted(data) if (form or gain_form(path, eer)) == "counts" else data, turn, flip)
 
 
 def oriented(data: Tensor, turn: int, flip: int) -> Tensor:

@@ -66,12 +66,13 @@ class Micrographs:
         return self.optics[int(self.group[index])]
 
 
-def read_micrographs(path: str | os.PathLike[str], pixel_size: float | None = None) -> Micrographs:
+def read_micrographs(path: str | os.PathLike[str], pixel_size: float | None = None, constants: bool = True) -> Micrographs:
     """Micrographs of a STAR file (RELION ≥ 3.1 with data_optics, or one table), or a single image file.
 
     `pixel_size` (Å) replaces what files say. Without it and without one in the table, it is taken from the image's header. Voltage, Cs
-    and amplitude contrast may be missing where there is no CTF. Raises BadInput naming file, row and label: no such table, no micrographs,
-    names listed twice, optics groups that are not there, numbers that are none, a CTF without the microscope's constants.
+    and amplitude contrast may be missing where there is no CTF, or where `constants` is False, for callers that have their own: 300 kV,
+    2.7 mm and 0.1 stand there then. Raises BadInput naming file, row and label: no such table, no micrographs, names listed twice, optics
+    groups that are not there, numbers that are none, a CTF without the microscope's constants.
     """
     path = Path(path)
     if path.suffix.lower() in (".mrc", ".map", *TIFF):
@@ -93,7 +94,7 @@ def read_micrographs(path: str | os.PathLike[str], pixel_size: float | None = No
         optics_block = pd.DataFrame({label: [value] for label, value in optics_block.items()}, dtype="str")
     has_ctf = all(label in table for label in DEFOCUS[:2])
     rows, group = _optics_rows(table, optics_block, path)
-    optics = tuple(_optics(row, k, path, has_ctf, pixel_size) for k, row in enumerate(rows, 1))
+    optics = tuple(_optics(row, k, path, has_ctf and constants, pixel_size) for k, row in enumerate(rows, 1))
     defocus = torch.full((len(table), 3), math.nan, dtype=torch.float64)
     if has_ctf:
         columns = [_numbers(table, label, path) for label in DEFOCUS[:2]] + [_numbers(table, DEFOCUS[2], path, 0.0)]
@@ -190,7 +191,7 @@ def _optics_rows(table: pd.DataFrame, optics_table: pd.DataFrame | None, path: P
     return rows, torch.tensor([place[g] for g in table["rlnOpticsGroup"]])
 
 
-def _optics(row: dict[str, str], number: int, path: Path, has_ctf: bool, pixel_size: float | None) -> Optics:
+def _optics(row: dict[str, str], number: int, path: Path, needs_constants: bool, pixel_size: float | None) -> Optics:
     """One optics group; pixel size 0 if unknown."""
     def value(label: str, default: float | None) -> float:
         if label not in row:
@@ -208,7 +209,7 @@ def _optics(row: dict[str, str], number: int, path: Path, has_ctf: bool, pixel_s
     size = pixel_size or size
     if size < 0 or not math.isfinite(size):
         raise BadInput(f"{path}: optics group {number}: the pixel size is {size}; expected Å per pixel, above 0")
-    standard: tuple[float | None, float | None, float | None] = (None, None, None) if has_ctf else (300.0, 2.7, 0.1)
+    standard: tuple[float | None, float | None, float | None] = (None, None, None) if needs_constants else (300.0, 2.7, 0.1)
     voltage, cs, contrast = (value(label, default) for label, default in
                              zip(("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"), standard, strict=True))  # fmt: skip
     return Optics(size, 0, voltage, cs, contrast, row.get("rlnOpticsGroupName", f"opticsGroup{number}"))

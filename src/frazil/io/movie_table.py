@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from frazil.data import BadInput, Optics
+from frazil.io.eer import UPSAMPLINGS
 from frazil.io.images import find_stack
 from frazil.io.star import Star, first_table, read_star, read_whole_star, write_star
 
-NAME = "rlnMicrographMovieName"
+NAME, ORIGINAL, UPSAMPLING = "rlnMicrographMovieName", "rlnMicrographOriginalPixelSize", "rlnEERUpsampling"
 NOT_OBSERVED = -9999.0
 
 
@@ -82,6 +84,37 @@ def _optics(row: dict, number: int, path: Path) -> Optics:
         raise BadInput(f"{path}: data_optics row {number}: no pixel size (_rlnMicrographOriginalPixelSize); add it")
     return Optics(pixel, 0, value("rlnVoltage"), value("rlnSphericalAberration", 2.7), value("rlnAmplitudeContrast", 0.1),
                   name=str(row.get("rlnOpticsGroupName", f"opticsGroup{number}")))  # fmt: skip
+
+
+def drawn(table: MovieTable, upsampling: int, note: Callable[[str], None]) -> MovieTable:
+    """The table with the pixel sizes of EER frames drawn at an upsampling; `note` gets a line for the user where there is one.
+
+    rlnEERUpsampling in data_optics (`frazil import` writes 1: the camera's pixels) says at which upsampling its pixel size holds. Without
+    it, as in RELION's own movies.star, the pixel size is that of the frames as they are drawn: RELION takes it so. Raises BadInput where
+    EER movies and others are listed together and would get different pixels.
+    """
+    eer = [Path(name).suffix.lower() == ".eer" for name in table.names]
+    if not any(eer) or upsampling not in UPSAMPLINGS:  # opening a movie refuses the latter
+        return table
+    if upsampling != 1 and not all(eer):
+        raise BadInput(f"{table.path}: lists EER movies and others: --eer-upsampling {upsampling} would give them different pixels; "
+                       "import them apart")  # fmt: skip
+    if UPSAMPLING not in table.optics_table:
+        size = ", ".join(f"{o.pixel_size:g}" for o in table.optics)
+        if upsampling != 1:
+            note(f"{table.path}: has no _{UPSAMPLING}, so {size} Å is taken for the pixel of the frames as drawn "
+                 f"(upsampling {upsampling}), as RELION does, not for the camera's")  # fmt: skip
+        return table
+    try:
+        factors = [UPSAMPLINGS[int(value)] / UPSAMPLINGS[upsampling] for value in table.optics_table[UPSAMPLING]]
+    except (ValueError, KeyError):
+        raise BadInput(f"{table.path}: data_optics: _{UPSAMPLING} is not one of {', '.join(map(str, UPSAMPLINGS))}") from None
+    optics = tuple(replace(o, pixel_size=o.pixel_size * factor) for o, factor in zip(table.optics, factors, strict=True))
+    changed = table.optics_table.assign(**{ORIGINAL: [repr(o.pixel_size) for o in optics], UPSAMPLING: str(upsampling)})
+    sizes = [f"{a.pixel_size:g} Å becomes {b.pixel_size:g} Å" for a, b in zip(table.optics, optics, strict=True) if a != b]
+    if sizes:
+        note(f"EER drawn at upsampling {upsampling}: a pixel of {', '.join(dict.fromkeys(sizes))}")
+    return replace(table, optics=optics, optics_table=changed)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from frazil.io.files import atomic_path, why
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 WRITTEN_MODES = ("float32", "float16", "int8", "int16", "uint16")
 HEADER_BYTES = 1024
+LABELS_AT, LABEL_BYTES = 224, 80
 STATISTICS_BLOCK = 1 << 24  # values
 _IMOD_STAMP = 1146047817
 _LARGEST_SIDE = 1 << 20
@@ -139,8 +140,9 @@ def write_mrc(
     *,
     stack: bool = False,
     origin: Sequence[float] = (0.0, 0.0, 0.0),
+    label: str = "",
 ) -> None:
-    """Write a map (z, y, x), an image (y, x) or, with `stack`, images (n, y, x), atomically.
+    """Write a map (z, y, x), an image (y, x) or, with `stack`, images (n, y, x), atomically; `label`: up to 80 letters for the header.
 
     `mode` is "float32" (mode 2), "float16" (12), "int8" (0), "int16" (1) or "uint16" (6); integers are rounded to.
     pixel_size and origin (xyz) in Å. Raises BadInput naming the file if it cannot be written or the values do not fit the mode.
@@ -161,6 +163,17 @@ def write_mrc(
         file.voxel_size = pixel_size
         for axis, value in zip("xyz", origin, strict=True):
             file.header.origin[axis] = value
+        if label:
+            file.add_label(label)
+
+
+def read_labels(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of text in the header of an MRC file that are not empty. Raises BadInput as read_header does."""
+    header = read_header(path)
+    with _open(header.path) as file:
+        raw = file.read(HEADER_BYTES)[LABELS_AT:]
+    lines = (raw[i : i + LABEL_BYTES].split(b"\0")[0].decode("ascii", "replace").strip() for i in range(0, len(raw), LABEL_BYTES))
+    return [line for line in lines if line]
 
 
 def as_float32(values: np.ndarray) -> Tensor:

@@ -99,6 +99,8 @@ def read_epu(path: str | os.PathLike[str]) -> Acquisition:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
         raise BadInput(f"{path}: is not XML (line {error.position[0]}); copy it again") from error
+    except (LookupError, ValueError) as error:
+        raise BadInput(f"{path}: is not XML in an encoding that is known; copy it again") from error
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {why(error)}") from error
     if _name(root.tag) != "MicroscopeImage":
@@ -110,7 +112,12 @@ def read_epu(path: str | os.PathLike[str]) -> Acquisition:
     for item in root.iter():
         children = list(item)
         if len(children) == 2 and children[0].text == "Dose" and children[1].text:
-            dose = float(children[1].text) * 1e-20  # per m²
+            try:
+                dose = float(children[1].text) * 1e-20  # per m²
+            except ValueError:
+                dose = math.nan
+            if not math.isfinite(dose):
+                raise BadInput(f"{path}: Dose is {children[1].text[:40]!r}; expected a number")
     return Acquisition(path, "", pixel, voltage, dose, 0, None if any(map(math.isnan, shift)) else shift)
 
 

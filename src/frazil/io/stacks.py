@@ -63,7 +63,7 @@ class StackWriter:
         some = values[:: max(1, len(values) // 8)].astype(np.float32)  # for the header's mean and rms a sample will do
         self._sum += float(some.mean(dtype=np.float64)) * len(values)
         self._squares += float(np.square(some).mean(dtype=np.float64)) * len(values)
-        values.tofile(self._file)
+        self._file.write(values.data)  # ndarray.tofile does not say why it fails
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None and self.count:

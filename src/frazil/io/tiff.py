@@ -53,6 +53,8 @@ def pages_of(path: Path) -> tuple[Any, list[Any]]:
         if not pages:
             raise _bad(f"{path}: holds no frames; copy the movie again")
         size, shape = path.stat().st_size, pages[0].shape
+        if len(shape) != 2:
+            raise _bad(f"{path}: holds colour pictures ({' x '.join(map(str, shape))} values a frame); a movie is of grey frames")
         for number, page in enumerate(pages, 1):
             if page.shape != shape or len(shape) != 2:
                 raise _bad(f"{path}: frame {number} is {' x '.join(map(str, page.shape[::-1]))} px, the first "

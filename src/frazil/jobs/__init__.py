@@ -43,6 +43,7 @@ JOBS = {
     "project": "project a map along given or random directions",
     "simulate": "particles with known truth, of a phantom or a map",
     "simulate-micrographs": "micrographs with particles at known positions",
+    "simulate-movies": "movies with known motion, as TIFF, MRC or EER",
     "demo": "simulate, refine, compare with the truth",
     "bench": "time standard tasks on this machine",
     "doctor": "devices, memory, versions, what is missing here",

@@ -174,7 +174,7 @@ def _prepare(params: Params, run: Run) -> _Job:
         raise BadInput(f"--finest {params.finest:g} is not well below --coarsest {params.coarsest:g}: no rings fit between")
     if params.phase_plate and params.min_phase >= params.max_phase:
         raise BadInput(f"--min-phase {params.min_phase:g} is not below --max-phase {params.max_phase:g}")
-    table = _with_optics(read_micrographs(params.micrographs, params.pixel_size), params)
+    table = _with_optics(read_micrographs(params.micrographs, params.pixel_size, constants=False), params)
     settings = CtfSettings(params.coarsest, params.finest, params.min_defocus, params.max_defocus, params.max_astigmatism,
                            params.phase_plate, (params.min_phase, params.max_phase, params.phase_step), params.box)  # fmt: skip
     label = SPECTRUM if params.use_power_spectra else UNWEIGHTED

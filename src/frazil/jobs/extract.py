@@ -64,6 +64,8 @@ class Params(BaseModel):
     stack_size: int = Field(0, ge=0, description="particles of a joined stack; 0: one stack for each micrograph", json_schema_extra=EXPERT)
     by_file_name: bool = Field(False, description="match micrographs by file name where the folders differ (another motion correction)",
                                json_schema_extra=EXPERT)  # fmt: skip
+    scale_positions: bool = Field(True, description="multiply coordinates that count pixels of another size than the micrographs'",
+                                  json_schema_extra=EXPERT)  # fmt: skip
     pixel_size: float | None = Field(None, gt=0, description="of the micrographs, instead of what files say", json_schema_extra=FINE)
 
     @model_validator(mode="after")
@@ -85,11 +87,11 @@ def run(params: Params, run: Run) -> None:
     micrographs = read_micrographs(params.micrographs, params.pixel_size)
     if missing := [o.name for o in micrographs.optics if o.pixel_size <= 0]:
         raise BadInput(f"{params.micrographs}: no pixel size for {missing[0]}, in neither table nor image; give --pixel-size")
-    by_name = params.by_file_name
+    by_name, scaled = params.by_file_name, params.scale_positions
     if params.particles is not None:
-        wanted = refined_positions(params.particles, micrographs, by_name, params.recentre, params.reset_offsets)
+        wanted = refined_positions(params.particles, micrographs, by_name, params.recentre, params.reset_offsets, scaled)
     else:
-        wanted = pick_positions(str(params.coordinates), micrographs, by_name, params.min_score)
+        wanted = pick_positions(str(params.coordinates), micrographs, by_name, params.min_score, scaled)
     for line in wanted.notes:
         run.warn(line)
     without_ctf(micrographs, wanted, run)
@@ -157,8 +159,8 @@ def conclude(params: Params, run: Run, job: Job, parts: dict[str, pd.DataFrame],
     """particles.star, report, and what a person wants to know."""
     total = sum(map(len, parts.values()))
     if not total:
-        why = made.bad[0] if made.bad else tally.first or "no positions"
-        raise BadInput(f"no particle could be extracted from {len(job.wanted.places)} micrographs; the first fault: {why}")
+        faults = [*made.bad[:1], *tally.lines(params.max_outside, job.distance)]
+        raise BadInput(f"no particle could be extracted from {len(job.wanted.places)} micrographs: {'; '.join(faults) or 'no positions'}")
     lines = [*made.bad, *tally.lines(params.max_outside, job.distance)]
     for line in lines[len(made.bad) :]:
         run.warn(line)

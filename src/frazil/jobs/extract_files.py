@@ -17,6 +17,7 @@ from frazil.io.micrographs import Micrographs
 from frazil.io.particles import ORIGIN_PRIORS, ORIGINS, ParticleSet, read_particles
 from frazil.io.stacks import stack_count
 from frazil.io.star import Block, column_text, read_whole_star, write_star
+from frazil.jobs.extract_scale import pick_pixels, refined_pixels, scale_factors
 from frazil.jobs.pick_files import output_names
 from frazil.jobs.run import Run
 from frazil.steps.extract import ExtractSettings, refined_places
@@ -77,7 +78,7 @@ def match_names(found: Sequence[str], micrographs: Micrographs, by_file_name: bo
     return out
 
 
-def pick_positions(path: str, micrographs: Micrographs, by_file_name: bool, min_score: float | None) -> Wanted:
+def pick_positions(path: str, micrographs: Micrographs, by_file_name: bool, min_score: float | None, scaled: bool = True) -> Wanted:
     """Picked positions. Raises BadInput where none belongs to a micrograph, or scores are asked for that are not there."""
     found = read_coordinates(path)
     where = match_names(list(found), micrographs, by_file_name)
@@ -88,6 +89,11 @@ def pick_positions(path: str, micrographs: Micrographs, by_file_name: bool, min_
                        "are they of another job? --by-file-name matches names without folders")  # fmt: skip
     if unknown:
         notes.append(f"{path}: {len(unknown)} micrographs are not in {micrographs.path} and are passed over (first: {unknown[0]})")
+    names = [name for name in where if len(found[name])]
+    sizes, now = pick_pixels(Path(path), found) if scaled else {}, [micrographs.optics_of(where[name]).pixel_size for name in names]
+    factors, lines = scale_factors(path, np.array([sizes.get(name, 0.0) for name in names]), np.array(now))
+    factor_of = dict(zip(names, factors.tolist(), strict=True))
+    notes += lines
     taken: dict[int, str] = {}
     for name, index in where.items():
         table = found[name]
@@ -100,7 +106,7 @@ def pick_positions(path: str, micrographs: Micrographs, by_file_name: bool, min_
             table = table.iloc[np.flatnonzero(table[SCORE].to_numpy(float) >= min_score)].reset_index(drop=True)
         if not len(table):
             continue
-        wanted.places[index] = torch.from_numpy(table[[X, Y]].to_numpy(float).copy())
+        wanted.places[index] = torch.from_numpy(table[[X, Y]].to_numpy(float) * factor_of[name])
         kept = [label for label in (CLASS, PSI, SCORE) if label in table]
         wanted.tables[index] = pd.DataFrame({label: as_text(table, label) for label in kept}, index=table.index, dtype="str")
         scores = table[SCORE].to_numpy(float) if SCORE in table else -np.arange(len(table), dtype=float)
@@ -116,7 +122,7 @@ def pick_positions(path: str, micrographs: Micrographs, by_file_name: bool, min_
 
 
 def refined_positions(
-    path: Path, micrographs: Micrographs, by_file_name: bool, recentre: tuple[float, float, float] | None, reset: bool
+    path: Path, micrographs: Micrographs, by_file_name: bool, recentre: tuple[float, float, float] | None, reset: bool, scaled: bool = True
 ) -> Wanted:
     """Positions of refined particles, with everything known of them. Raises BadInput where none belongs to a micrograph."""
     origin = read_particles(path)
@@ -129,7 +135,8 @@ def refined_positions(
                        "--by-file-name matches names without folders")  # fmt: skip
     index = np.array([where.get(name, -1) for name in names])
     size = torch.tensor([o.pixel_size for o in micrographs.optics], dtype=torch.float64)[micrographs.group][index.clip(min=0)]
-    coordinate = torch.from_numpy(np.stack([origin.numbers(X), origin.numbers(Y)], -1))
+    factors, lines = scale_factors(path, np.where((index < 0) | (not scaled), 0.0, refined_pixels(origin)), size.numpy())
+    coordinate = torch.from_numpy(np.stack([origin.numbers(X), origin.numbers(Y)], -1) * factors[:, None])
     p = origin.particles
     shift = torch.zeros_like(p.shift) if reset else p.shift
     point = None if recentre is None else torch.tensor(recentre, dtype=torch.float64)
@@ -145,7 +152,8 @@ def refined_positions(
         wanted.tables[i] = origin.table.iloc[rows.numpy()].reset_index(drop=True)
     if lost := int((index < 0).sum()):
         first = names.iloc[int(np.flatnonzero(index < 0)[0])]
-        wanted.notes = (f"{path}: {lost} particles of micrographs that are not in {micrographs.path} are left out (first: {first})",)
+        lines.append(f"{path}: {lost} particles of micrographs that are not in {micrographs.path} are left out (first: {first})")
+    wanted.notes = tuple(lines)
     return wanted
 
 

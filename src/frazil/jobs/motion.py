@@ -21,8 +21,8 @@ from pydantic.config import JsonDict
 from torch import Tensor
 
 from frazil.data import BadInput
-from frazil.io.gain import fit_gain, oriented, read_defects, read_gain
-from frazil.io.movie_table import MotionRecord, MovieTable, read_motion, read_movies, write_motion
+from frazil.io.gain import OTHER_FORM, fit_gain, gain_form, oriented, read_defects, read_gain
+from frazil.io.movie_table import UPSAMPLING, MotionRecord, MovieTable, drawn, read_motion, read_movies, write_motion
 from frazil.io.movies import EER, TIFF, Movie, open_movie
 from frazil.io.mrc import write_mrc
 from frazil.io.star import write_star
@@ -154,7 +154,7 @@ def run(params: Params, run: Run) -> None:
     report.html.
     """
     _keep_memory()
-    table = read_movies(params.movies)
+    table = drawn(read_movies(params.movies), params.eer_upsampling, run.note)
     if min(params.patches) < 1 or max(params.patches) > 30:
         raise BadInput(f"--patches: columns and rows from 1 to 30, got {params.patches[0]} {params.patches[1]}")
     job = _Job(params, run, table, _settings(params, table))
@@ -302,6 +302,8 @@ def _gain(job: _Job, read: Mapping[int, Future[_Movie]]) -> Tensor | None:
         return None
     eer = Path(job.table.names[0]).suffix.lower() in EER
     plain = read_gain(p.gain, eer)
+    if gain_form(p.gain, eer) == "counts":
+        job.run.note(f"{p.gain}: mean counts, as references of EER movies are: inverted, mean/reference")
     gain = oriented(plain, p.gain_rotation, p.gain_flip)
     some = plain[::3, ::3]
     if p.skip_gain_test or float(some[some > 0].std()) < 1e-3 * float(some[some > 0].mean()):
@@ -358,7 +360,7 @@ def _name_right_gain(job: _Job, plain: Tensor, total: Tensor, eer: bool) -> None
                        f"({best:.0f} standard deviations); --skip-gain-test goes on with it as it is")  # fmt: skip
     inverse = gain_match(total, torch.where(plain > 0, 1 / plain.clamp(min=1e-6), 0.0)) if plain.shape == total.shape else 0.0
     if inverse > SURE:
-        raise BadInput(f"{p.gain}: holds counts, not factors: give its inverse (mean/reference); --skip-gain-test goes on with it as it is")
+        raise BadInput(f"{p.gain}: {OTHER_FORM[gain_form(p.gain, eer)]}; --skip-gain-test goes on with it as it is")
     job.run.warn(f"{p.gain}: resembles the frames in no orientation (best {best:.1f} standard deviations): is it the gain of these movies?")
 
 
@@ -437,7 +439,7 @@ def _write_star(job: _Job, done: list[int]) -> pd.DataFrame:
         row["rlnOpticsGroup"] = int(job.table.group[index]) + 1
         row |= dict(zip(("rlnAccumMotionTotal", "rlnAccumMotionEarly", "rlnAccumMotionLate"), lengths, strict=True))
         rows.append(row)
-    table, optics = pd.DataFrame(rows), job.table.optics_table.copy()
+    table, optics = pd.DataFrame(rows), job.table.optics_table.drop(columns=UPSAMPLING, errors="ignore")
     optics["rlnOpticsGroup"] = [str(k) for k in range(1, len(optics) + 1)]
     optics["rlnMicrographPixelSize"] = [repr(o.pixel_size * job.params.bin) for o in job.table.optics]
     write_star(job.run.path / "corrected_micrographs.star", {"optics": optics, "micrographs": table}, COMMENT)

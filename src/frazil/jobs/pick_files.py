@@ -133,7 +133,7 @@ def read_grid(base: Path) -> tuple[WorkGrid, tuple[float, float, float, float]]:
         record = json.loads(Path(f"{base}_grid.json").read_text())
         grid = WorkGrid(tuple(record["shape"]), tuple(record["padded"]), tuple(record["size"]), record["pixel_size"])
         return grid, tuple(record["border"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{base}_grid.json: cannot be read ({error}); were score maps written there with --write-fom?") from None
 
 
@@ -142,9 +142,7 @@ def read_maps(base: Path) -> tuple[ScoreMap, Tensor | None]:
     grid, border = read_grid(base)
     found = {name: read_mrc(f"{base}_{suffix}.mrc").data[0] for suffix, name in MAPS.items()}
     preview = Path(f"{base}_preview.mrc")
-    scores = ScoreMap(
-        grid, found["value"], found["psi"], found["template"].to(torch.int16), found["mu"], found["sigma"], border
-    )
+    scores = ScoreMap(grid, found["value"], found["psi"], found["template"].to(torch.int16), found["mu"], found["sigma"], border)
     return scores, read_mrc(preview).data[0] if preview.exists() else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,15 +116,13 @@ def chosen_score(params: Params, templates: Templates, has_ctf: bool, run: Run) 
 def replanned(params: Params) -> Plan:
     """The plan of the run whose score maps are read, with what is asked for now."""
     assert params.read_fom is not None
+    names = ("diameter", "min_distance", "edge", "threshold")
     try:
         kept: dict[str, Any] = torch.load(Path(params.read_fom) / "plan.pt", weights_only=True)
-    except (OSError, RuntimeError):
-        raise BadInput(f"{params.read_fom}: holds no finished run of `frazil pick --write-fom`") from None
-    chosen = {
-        name: kept[name] if getattr(params, name) is None else getattr(params, name)
-        for name in ("diameter", "min_distance", "edge", "threshold")
-    }
-    return Plan(score=kept["score"], scale=1.0, **chosen)
+        chosen = {name: kept[name] if getattr(params, name) is None else getattr(params, name) for name in names}
+        return Plan(score=kept["score"], scale=1.0, **chosen)
+    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError):
+        raise BadInput(f"{params.read_fom}: holds no finished run of `frazil pick --write-fom` (plan.pt is missing or not whole)") from None
 
 
 def blob_plan(params: Params, micrographs: Micrographs, kept: dict[str, Any] | None, run: Run) -> tuple[Plan, dict[str, Any] | None]:

@@ -21,7 +21,9 @@ from frazil.maths.dose import damage
 from frazil.maths.fourier import image_ft
 from frazil.maths.rotation import random_rotations
 from frazil.simulate.particles import project_volume
+from frazil.simulate.phantom import density, phantom
 
+PROTEIN = 0.139  # Å⁻²: electron form factors of the atoms of β-galactosidase (PDB 5A1A) over its volume, 465 kDa at 0.81 Da/Å³
 
 @dataclass(frozen=True)
 class MovieSettings:
@@ -42,6 +44,7 @@ class MovieSettings:
     dead_pixels: int = 5
     seed: int = 1
     detector_seed: int = 1  # of gain and hot pixels: the same in all movies of a session
+    damage: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class SimulatedMovie:
         if s.ice > 0:
             ft = ft + self._ice_ft(frame, ky, kx)
         # Mean over the frame: damage goes on while it is exposed. The middle is that mean but for 1 % where little is left.
-        left = damage((kx.square() + ky.square()).sqrt(), torch.tensor([s.dose * (frame + 0.5)]), self.optics.voltage)[0]
+        exposure = s.dose * (frame + 0.5) if s.damage else 0.0
+        left = damage((kx.square() + ky.square()).sqrt(), torch.tensor([exposure]), self.optics.voltage)[0]
         return 1 + 2 * torch.fft.irfft2(ft * self.transfer * left, s=(s.height, s.width))
 
     def counts(self, frame: int) -> Tensor:
@@ -98,6 +102,13 @@ class SimulatedMovie:
 def relativistic_mass(voltage: float) -> float:
     """γ = 1 + eV/mc² of an electron; voltage in kV. Scattering factors are tabled for electrons at rest, phases grow with it."""
     return 1 + voltage / 510.99895
+
+
+def protein_density(box: int, pixel_size: float, seed: int = 1) -> Volume:
+    """The density of a phantom in Å⁻², as dense where it is as the atoms of a protein are."""
+    volume = density(phantom(box, pixel_size, seed=seed), box, pixel_size)
+    inside = volume.data > 0.05 * volume.data.max()
+    return replace(volume, data=volume.data * (PROTEIN * float(inside.sum()) / float(volume.data.sum())))
 
 
 def drift_track(settings: MovieSettings) -> Tensor:
