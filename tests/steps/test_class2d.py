@@ -71,6 +71,8 @@ def test_known_classes_are_found_from_nothing(known, method, iterations):
         assert max(best_match(average, picture) for average in averages) > 0.9
     assert float(state.model.pdf_class.sum()) == pytest.approx(1, abs=1e-9)
     assert state.unmasked is not None and state.unmasked.shape == state.model.maps.shape
+    full = state.model.coverage[counts > 20]  # of filled classes the low shells are complete, the last ones are not
+    assert float(full[:, 1:4].min()) > 0.9 and float(full[:, -1].max()) < 0.5
 
 
 def test_from_the_true_averages_poses_are_recovered(known):

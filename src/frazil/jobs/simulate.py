@@ -35,7 +35,7 @@ class Params(BaseModel):
     pixel_size: float = Field(3.5, gt=0, description="pixel size", json_schema_extra={"unit": "Å"})
     symmetry: str = Field("C1", description="point group of the phantom: C1, C4, D2, D7, T, O, I …")
     map: Path | None = Field(None, description="simulate from this map (its grey scale, its frame) instead of a phantom")
-    snr: float = Field(0.1, gt=0, description="variance of the signal over that of the noise, whole box; inf: no noise")
+    snr: float = Field(0.1, gt=0, allow_inf_nan=True, description="variance of the signal over that of the noise, whole box; inf: no noise")
     shift_sd: float = Field(5.0, ge=0, description="standard deviation of the shifts, each way", json_schema_extra={"unit": "Å"})
     lowpass: float = Field(40.0, gt=0, description="resolution of reference_lowpass.mrc", json_schema_extra={"unit": "Å"})
     voltage: float = Field(300.0, gt=0, description="acceleration voltage", json_schema_extra=_expert("kV"))

@@ -64,6 +64,14 @@ def data_vs_prior(weight: Tensor, tau2: Tensor, pad: float) -> Tensor:
     return shell_means_of_planes(weight, pad, tau2.shape[-1], strict=True).cpu() * pad**2 * tau2.cpu()
 
 
+def completeness(weight: Tensor, tau2: Tensor, pad: float) -> Tensor:
+    """(K, N/2+1) float64 part of the elements a shell of half planes with κ T τ² W ≥ 1 (3.3); tau2 holds T·τ²."""
+    shells = tau2.shape[-1]
+    shell = (half_plane_radii(weight.shape[-1] - 1, weight.device) / pad + 0.5).long().clamp(max=shells - 1)
+    enough = pad**2 * tau2.to(weight.device)[:, shell] * weight.double() >= 1
+    return shell_means_of_planes(enough.double(), pad, shells)
+
+
 def divide(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float) -> tuple[Tensor, Tensor]:
     """(V, coverage) of half planes (K, 2M+1, M+1): B / W_reg inside the circle, direct division (3.3), tau2 (K, N/2+1) or None: no prior.
 
@@ -80,7 +88,7 @@ def divide(data: Tensor, weight: Tensor, tau2: Tensor | None, pad: float) -> tup
         none = torch.where(w > 1e-20, 1 / (0.001 * w.clamp(min=1e-300)), 0)
         prior = torch.where(t > 1e-20, 1 / (kappa * t.clamp(min=1e-300)), none)
         reg = torch.where(shell >= MIN_SHELL, w + prior, w)
-        coverage = shell_means_of_planes((kappa * t * w >= 1).double(), pad, shells)
+        coverage = completeness(weight, tau2, pad)
     inside = radius <= m - 1
     last = int(floor_shell[inside].max())
     least = shell_means_of_planes(reg, pad, last + 1, floor=True)[:, floor_shell.clamp(max=last)] / 1000

@@ -290,7 +290,8 @@ def descend(
     weight = (sums[0][1] + sums[1][1]) * (len(state.particles) / max(1, len(batch)))
     ssnr = planes.data_vs_prior(weight, tau * tau2, engine.pad)
     progress = after_classification(replace(progress, ave_pmax=found.ave_pmax), int(class_shells(ssnr).max()), box * model.pixel_size)
-    found = replace(found, maps=flattened(job, unmasked, model.pixel_size), tau2=tau2, data_vs_prior=ssnr)
+    coverage = planes.completeness(weight, tau * tau2, engine.pad).cpu()
+    found = replace(found, maps=flattened(job, unmasked, model.pixel_size), tau2=tau2, data_vs_prior=ssnr, coverage=coverage)
     return replace(state, progress=progress, model=found, unmasked=unmasked, moments=moments)
 
 
