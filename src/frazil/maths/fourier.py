@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -71,9 +71,16 @@ class PixelList:
         return torch.stack([self.kx, self.ky], -1).double()
 
 
-@lru_cache(maxsize=8)
 def pixel_list(box: int, size: int, device: torch.device | str = "cpu") -> PixelList:
     """The pixels of a window of side `size` ≤ box (both even) of a half transform of side `box`. Not to be written to: it is kept."""
+    kept = _pixel_list(box, size)
+    if torch.device(device).type == "cpu":
+        return kept
+    return replace(kept, **{name: getattr(kept, name).to(device) for name in ("kx", "ky", "shell", "index")})
+
+
+@lru_cache(maxsize=8)
+def _pixel_list(box: int, size: int) -> PixelList:
     half = size // 2
     kx = torch.arange(0, half + 1)
     ky = torch.arange(-half + 1, half + 1)
@@ -85,8 +92,7 @@ def pixel_list(box: int, size: int, device: torch.device | str = "cpu") -> Pixel
     order = torch.argsort(k2, stable=True)
     kx, ky, k2, shell = kx[order], ky[order], k2[order], shell[order]
     index = (ky % box) * (box // 2 + 1) + kx
-    place = [t.to(device) for t in (kx, ky, shell, index)]
-    return PixelList(box, size, *place, inside=int((k2 * 4 <= size**2).sum()))
+    return PixelList(box, size, kx, ky, shell, index, inside=int((k2 * 4 <= size**2).sum()))
 
 
 def full_half_plane(box: int) -> tuple[Tensor, Tensor]:

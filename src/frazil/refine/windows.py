@@ -77,16 +77,12 @@ def group_size(optics: Optics, scale: float, size: int) -> int:
 
 
 def make_frame(optics: Optics, size: int, box: int, pixel_size: float, engine: Engine) -> Frame:
-    """Frame of an optics group for a model window of side `size` in a box of `box` px of `pixel_size` Å. Not to be written to: kept."""
-    return _frame(optics, size, box, pixel_size, engine.relion_form, engine.device, engine.dtype)
-
-
-@lru_cache(maxsize=4)
-def _frame(optics: Optics, size: int, box: int, pixel_size: float, relion_form: bool, device: str, dtype: torch.dtype) -> Frame:
+    """Frame of an optics group for a model window of side `size` in a box of `box` px of `pixel_size` Å."""
+    device, dtype = engine.device, engine.dtype
     u = optics.box * optics.pixel_size / (box * pixel_size)
     u = 1.0 if abs(u - 1) < 1e-6 else u
     own = group_size(optics, u, size)
-    if relion_form:  # its images are one ring of pixels larger than the references
+    if engine.relion_form:  # its images are one ring of pixels larger than the references
         own = min(optics.box, own + 2)
     pixels = pixel_list(optics.box, own, device)
     magnify = torch.tensor(optics.magnification, dtype=torch.float64, device=device).reshape(2, 2)
@@ -94,7 +90,7 @@ def _frame(optics: Optics, size: int, box: int, pixel_size: float, relion_form: 
     # A slice position may leave the reference's sphere when boxes differ or the magnification is not 1: end before the first.
     outside = torch.nonzero(coords.norm(dim=-1) > size / 2 + 1e-9)
     inside = int(outside[0]) if len(outside) else pixels.inside
-    index, shell = full_half_plane(optics.box)
+    index, full_start, window_start = _shell_tables(optics.box, own)
     return Frame(
         optics=optics,
         pixels=pixels,
@@ -105,9 +101,16 @@ def _frame(optics: Optics, size: int, box: int, pixel_size: float, relion_form: 
         scale=u,
         sign=((1 - 2 * ((pixels.kx + pixels.ky) % 2)) / optics.box**2).to(dtype),
         full_index=index.to(device),
-        full_start=shell_starts(shell, optics.box // 2 + 1).to(device),
-        window_start=shell_starts(pixels.shell, own // 2 + 1),
+        full_start=full_start.to(device),
+        window_start=window_start.to(device),
     )
+
+
+@lru_cache(maxsize=8)
+def _shell_tables(box: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(full_index, full_start, window_start) of a Frame, in main memory: what is kept on a GPU would tear its free memory in pieces."""
+    index, shell = full_half_plane(box)
+    return index, shell_starts(shell, box // 2 + 1), shell_starts(pixel_list(box, size).shell, size // 2 + 1)
 
 
 def shell_starts(shell: Tensor, shells: int) -> Tensor:
