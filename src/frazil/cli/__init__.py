@@ -19,7 +19,6 @@ from cyclopts import App, CycloptsError
 
 import frazil
 from frazil.jobs import ACTIONS, JOBS
-from frazil.jobs.ahead import begin
 
 
 def build_app() -> App:
@@ -77,7 +76,6 @@ def entry() -> NoReturn:
     (commands.py switches it on again behind that), and they are not taken apart one by one at the end: 0.7 s of every command.
     """
     gc.disable()
-    begin(sys.argv[1:])
     code = main()
     if any(thread is not threading.current_thread() and not thread.daemon for thread in threading.enumerate()):
         sys.exit(code)  # the long way, which waits for them

@@ -1,7 +1,6 @@
 """TIFF movies: pages checked against the length of the file, frames decoded by threads.
 
-Row 0 of what is decoded is the bottom of the picture; in a TIFF it is the top. torch is not imported (but to say that a file is bad), so
-that a program can decode while torch loads: jobs/ahead.
+Row 0 of what is decoded is the bottom of the picture; in a TIFF it is the top.
 """
 from __future__ import annotations
 
@@ -14,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from frazil.data import BadInput
+from frazil.io.files import why
 
 PACKED_TIFF = {(5760, 8184), (4092, 11520), (3838, 7420), (3710, 7676)}  # width, height in the file of 4-bit super-resolution frames
 
@@ -31,7 +33,7 @@ def load_tifffile(path: Path) -> Any:
         import imagecodecs  # noqa: F401 (tifffile's LZW and EER)
         import tifffile
     except ImportError:
-        raise _bad(f"{path}: TIFF and EER movies need two more packages: pip install tifffile imagecodecs") from None
+        raise BadInput(f"{path}: TIFF and EER movies need two more packages: pip install tifffile imagecodecs") from None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it complains about is said by us, in one line
     return tifffile
 
@@ -47,24 +49,24 @@ def pages_of(path: Path) -> tuple[Any, list[Any]]:
         if file is not None:
             file.close()
         if isinstance(error, OSError):
-            raise _bad(f"{path}: cannot be read: {_why(error)}") from error
-        raise _bad(f"{path}: is not a TIFF file, or a truncated one; copy the movie again") from error
+            raise BadInput(f"{path}: cannot be read: {why(error)}") from error
+        raise BadInput(f"{path}: is not a TIFF file, or a truncated one; copy the movie again") from error
     try:
         if not pages:
-            raise _bad(f"{path}: holds no frames; copy the movie again")
+            raise BadInput(f"{path}: holds no frames; copy the movie again")
         size, shape = path.stat().st_size, pages[0].shape
         if len(shape) != 2:
-            raise _bad(f"{path}: holds colour pictures ({' x '.join(map(str, shape))} values a frame); a movie is of grey frames")
+            raise BadInput(f"{path}: holds colour pictures ({' x '.join(map(str, shape))} values a frame); a movie is of grey frames")
         for number, page in enumerate(pages, 1):
             if page.shape != shape or len(shape) != 2:
-                raise _bad(f"{path}: frame {number} is {' x '.join(map(str, page.shape[::-1]))} px, the first "
+                raise BadInput(f"{path}: frame {number} is {' x '.join(map(str, page.shape[::-1]))} px, the first "
                     f"{' x '.join(map(str, shape[::-1]))}; "
                                f"frames of unequal size cannot be aligned")  # fmt: skip
             ends = [o + c for o, c in zip(page.dataoffsets, page.databytecounts, strict=True)]
             if not ends or max(ends) > size or min(page.databytecounts) == 0:
-                raise _bad(f"{path}: truncated in frame {number} of {len(pages)}; copy the movie again")
+                raise BadInput(f"{path}: truncated in frame {number} of {len(pages)}; copy the movie again")
         if _next_page(file, pages[-1]):
-            raise _bad(f"{path}: truncated behind frame {len(pages)}; copy the movie again")
+            raise BadInput(f"{path}: truncated behind frame {len(pages)}; copy the movie again")
     except BaseException:
         file.close()
         raise
@@ -121,15 +123,3 @@ def in_threads(work: Callable[[int], None], count: int, threads: int) -> None:
         return
     with ThreadPoolExecutor(min(threads, count)) as pool:
         list(pool.map(work, range(count)))
-
-
-def _bad(line: str) -> Exception:
-    from frazil.data import BadInput
-
-    return BadInput(line)
-
-
-def _why(error: OSError) -> str:
-    from frazil.io.files import why
-
-    return why(error)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +26,6 @@ from frazil.io.movie_table import UPSAMPLING, MotionRecord, MovieTable, drawn, r
 from frazil.io.movies import EER, TIFF, Movie, open_movie
 from frazil.io.mrc import write_mrc
 from frazil.io.star import write_star
-from frazil.jobs.ahead import decoding
 from frazil.jobs.resuming import are_whole
 from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
@@ -142,7 +141,6 @@ class _Job:
     def fetch(self, index: int, threads: int) -> _Movie:
         """The movie, decoded where two such movies fit into --memory."""
         file = self.open(index, threads)
-        file = replace(file, decode=decoding(file.path, file.decode))
         pixels, memory = math.prod(file.shape), self.settings.memory
         # A pixel has one to four bytes: looked up only where it matters.
         size = 4 if 2 * 4 * pixels <= memory else file.load(0, 1).element_size()
