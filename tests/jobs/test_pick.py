@@ -238,6 +238,20 @@ def test_the_score_is_z_unless_something_of_fom_is_given(made, tmp_path):
         assert ("score is fom" in log_of(tmp_path / name)) == (name != "fom")
 
 
+@pytest.mark.parametrize("score", ["z", "ncc", "fom"])
+def test_what_the_threshold_was_found_from_is_not_matched_again(made, tmp_path, monkeypatch, score):
+    """Both micrographs are looked at for the threshold: the same picks, whether their score maps are kept or not."""
+    true, matched = pick.match, []
+    monkeypatch.setattr(pick, "match", lambda *given: matched.append(1) or true(*given))
+    picked(made, tmp_path / "kept", score=score)
+    assert len(matched) == (2 if score == "fom" else 0)
+    monkeypatch.setattr("frazil.jobs.pick_plan.MOST_KEPT", 0)
+    picked(made, tmp_path / "again", score=score)
+    assert len(matched) == (4 if score == "fom" else 2)
+    both = [read_coordinates(tmp_path / name / "autopick.star").values() for name in ("kept", "again")]
+    assert all(a.equals(b) for a, b in zip(*both, strict=True))
+
+
 def test_blobs_from_the_command(made, tmp_path):
     picked(made, tmp_path / "plain", log_diameter=(100.0, 180.0), log_rounds=0)
     assert sum(map(len, read_coordinates(tmp_path / "plain/autopick.star").values())) > 0

@@ -242,9 +242,12 @@ def source(params: Params, plan: Plan, micrographs: Micrographs, todo: Sequence[
                 found = blob_map(pixels, size, plan.blobs)
                 scores, picks, preview = None, blob_candidates(found, lowest, plan.edge, plan.threshold, plan.min_distance), found.preview
             else:
-                bank = bank_for(params, plan, pixels, size, run)
-                ready = prepared_of(params, micrographs, index, pixels, bank)
-                scores, preview = match(ready, bank), ready.preview
+                if index in plan.matched:
+                    scores, preview = plan.matched.pop(index)
+                else:
+                    bank = bank_for(params, plan, pixels, size, run)
+                    ready = prepared_of(params, micrographs, index, pixels, bank)
+                    scores, preview = match(ready, bank), ready.preview
                 picks = peaks(scores)
         except BadInput as error:
             yield index, BadInput(f"{micrographs.names[index]}: {error}")

@@ -23,12 +23,13 @@ from frazil.jobs.pick_templates import (
 )
 from frazil.jobs.run import Run
 from frazil.steps.blobs import BlobSettings, learn_profile
-from frazil.steps.pick import Bank, PickSettings, Prepared, make_bank, prepare, rescaled
+from frazil.steps.pick import Bank, PickSettings, Prepared, ScoreMap, make_bank, match, prepare, rescaled
 
 if TYPE_CHECKING:
     from frazil.jobs.pick import Params
 
 SAMPLED = 5  # micrographs from which grey scale and thresholds are found
+MOST_KEPT = 1 << 25  # values of score maps that are kept from finding the threshold
 SAMPLED_Z = 3  # of z, which micrographs have alike
 CHECKED = 2  # micrographs on which a grey scale that is given is checked
 TAUGHT = 8  # micrographs from which a round profile is learned
@@ -55,6 +56,7 @@ class Plan:
     templates: Templates | None = None
     blobs: BlobSettings | None = None
     banks: dict[tuple[int, int, float], Bank] = field(default_factory=dict)
+    matched: dict[int, tuple[ScoreMap, Tensor | None]] = field(default_factory=dict)  # by number: those the threshold was found from
 
 
 def make_plan(params: Params, micrographs: Micrographs, run: Run) -> Plan:
@@ -170,13 +172,13 @@ def settle(params: Params, plan: Plan, micrographs: Micrographs, run: Run) -> No
     if plan.templates is None or (plan.scale is not None and plan.threshold is not None and not filed):
         return
     run.progress(0, 1, "looking at some micrographs")
-    prepared: list[tuple[Prepared, Bank]] = []
+    prepared: list[tuple[int, Prepared, Bank]] = []
     number = CHECKED if filed and plan.threshold is not None else SAMPLED_Z if plan.score == "z" else SAMPLED
     for index, pixels, _ in sample(micrographs, number, run.device):
         bank = bank_for(params, plan, pixels, micrographs.optics_of(index).pixel_size, run)
-        prepared.append((prepared_of(params, micrographs, index, pixels, bank), bank))
-    bank = prepared[0][1]
-    alike = [p for p, b in prepared if b is bank]
+        prepared.append((index, prepared_of(params, micrographs, index, pixels, bank), bank))
+    bank = prepared[0][2]
+    alike = [p for _, p, b in prepared if b is bank]
     if filed:
         factor = calibrated_scale(alike[:CHECKED], bank, plan.min_distance)
         if not 1 / FAR_OFF < factor < FAR_OFF:
@@ -188,7 +190,11 @@ def settle(params: Params, plan: Plan, micrographs: Micrographs, run: Run) -> No
         plan.banks = {key: rescaled(b, plan.scale) for key, b in plan.banks.items()}
         run.note(f"grey scale of the templates multiplied by {plan.scale:.4g}: a typical particle has fom 1")
     if plan.threshold is None:
-        plan.threshold = max(automatic_threshold(alike, bank, plan.min_distance), Z_LEAST if plan.score == "z" else -np.inf)
+        matched = [match(p, bank) for p in alike]
+        plan.threshold = max(automatic_threshold(matched, plan.min_distance), Z_LEAST if plan.score == "z" else -np.inf)
+        if plan.score != "fom" and len(matched) * matched[0].value.numel() < MOST_KEPT:  # the grey scale is in fom, and may have changed
+            numbers = [i for i, _, b in prepared if b is bank]
+            plan.matched = {i: (scores, p.preview) for i, p, scores in zip(numbers, alike, matched, strict=True)}
         run.note(f"threshold {plan.threshold:.3f}, between the two groups of peaks of {len(alike)} micrographs")
 
 

@@ -19,7 +19,7 @@ from frazil.jobs.inputs import check_symmetry, read_cube
 from frazil.maths.masks import radii
 from frazil.maths.peaks import highest_apart, local_maxima, split_level, thinned
 from frazil.maths.rotation import euler_to_matrix
-from frazil.steps.pick import Bank, Prepared, amplitudes, match
+from frazil.steps.pick import Bank, Prepared, ScoreMap, amplitudes
 from frazil.steps.project import prepare_map, project_particles
 
 RIM = 0.1  # of its highest value, down to which the radial profile of a template counts as particle
@@ -115,9 +115,9 @@ def calibrated_scale(prepared: Sequence[Prepared], bank: Bank, distance: float, 
     return float(np.median(values[values >= split_level(values)]))
 
 
-def automatic_threshold(prepared: Sequence[Prepared], bank: Bank, distance: float) -> float:
+def automatic_threshold(matched: Sequence[ScoreMap], distance: float) -> float:
     """Otsu's level of the peaks of some micrographs."""
-    values = [peak_values(match(p, bank).value, distance / bank.grid.work_pixel) for p in prepared]
+    values = [peak_values(scores.value, distance / scores.grid.work_pixel) for scores in matched]
     return split_level(np.concatenate(values)) if values else 0.0
 
 
