@@ -52,6 +52,16 @@ def test_lists_and_folders(tmp_path):
 
 
 @pytest.mark.real
+def test_the_folder_of_a_picking_run_is_its_list(tmp_path):
+    """It also holds logs and tables of other things, which are no coordinates."""
+    write_coordinates(tmp_path / "mic_autopick.star", TABLE)
+    write_star(tmp_path / "autopick.star", {"": pd.DataFrame({
+        "rlnMicrographName": ["mic.mrc"], "rlnMicrographCoordinates": [str(tmp_path / "mic_autopick.star")]})})  # fmt: skip
+    (tmp_path / "log.txt").write_text("2026-11-23 INFO 1 of 1 micrographs\n")
+    found = read_coordinates(tmp_path)
+    assert list(found) == ["mic.mrc"] and len(found["mic.mrc"]) == 2
+
+
 def test_reads_relions_own(shared_data):
     file = shared_data / "relion_stars/tutorial_3.1/AutoPick/job011/Movies/20170629_00048_frameImage_autopick.star"
     (name, found), = read_coordinates(file).items()

@@ -23,6 +23,7 @@ from frazil.io.star import first_table, read_star, write_star
 
 X, Y, SCORE, CLASS, PSI = "rlnCoordinateX", "rlnCoordinateY", "rlnAutopickFigureOfMerit", "rlnClassNumber", "rlnAnglePsi"
 NAME, FILE, PIXEL = "rlnMicrographName", "rlnMicrographCoordinates", "rlnMicrographPixelSize"
+LISTS = ("autopick.star", "manualpick.star")  # of frazil's and RELION's picking runs, whose folders hold logs too
 FORMATS = (".star", ".box", ".cs", ".cbox", ".csv")
 TEXT_FORMATS = (".csv", ".txt", ".coords", ".tsv")
 _HEADS = {
@@ -117,7 +118,10 @@ def write_cs(path: str | os.PathLike[str], tables: Mapping[str, pd.DataFrame], s
 
 
 def _read_folder(folder: Path) -> dict[str, pd.DataFrame]:
-    """Every coordinate file of a folder."""
+    """Every coordinate file of a folder; where a picking run made it, what its list names."""
+    for name in LISTS:
+        if (folder / name).is_file():
+            return read_coordinates(folder / name)
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (*FORMATS, ".txt", ".coords", ".tsv") and p.is_file())
     out: dict[str, pd.DataFrame] = {}
     for file in files:
