@@ -16,29 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from frazil.data import Images, Particles  # noqa: E402
 from frazil.io.particles import open_images, read_particles  # noqa: E402
 from frazil.ops import dispatch  # noqa: E402
-from frazil.refine.residence import resident  # noqa: E402
+from frazil.refine.residence import Stored, resident  # noqa: E402
 from frazil.simulate.averages import agreement, particles_of, pictures  # noqa: E402
 from frazil.steps.class2d import FORM, Class2dParams, class2d, initial_state, resolved  # noqa: E402
 from frazil.steps.classify import ClassifyJob, iterate, make_engine  # noqa: E402
 
 PIXEL = 3.54
-
-
-class Stored:
-    """Images in memory."""
-
-    def __init__(self, images: Tensor) -> None:
-        self._images = images
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[index.to(self._images.device)]
 
 
 def unposed(particles: Particles) -> Particles:

@@ -30,7 +30,7 @@ from frazil.maths.masks import soft_circle  # noqa: E402
 from frazil.maths.rotation import euler_to_matrix  # noqa: E402
 from frazil.ops import dispatch  # noqa: E402
 from frazil.refine.classes import class_shells  # noqa: E402
-from frazil.refine.residence import resident  # noqa: E402
+from frazil.refine.residence import Stored, resident  # noqa: E402
 from frazil.simulate.averages import particles_of  # noqa: E402
 from frazil.simulate.particles import project_volume  # noqa: E402
 from frazil.steps.class2d import FORM, Class2dParams, class2d, initial_state, resolved  # noqa: E402
@@ -41,16 +41,6 @@ RESULTS = Path(__file__).parent / "results" / "class2d_views.jsonl"
 DIAMETER, FINEST, SMALL = 200.0, 17.0, 32  # Å, Å, px of the averages compared
 VIEW = 0.93
 KNOWN, EACH, NOISE, BOX, PIXEL = 10, 60, 150, 48, 4.72  # of the simulated set
-
-
-class Stored:
-    """Images in memory."""
-
-    def __init__(self, images: Tensor) -> None:
-        self._images = images
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[index.to(self._images.device)]
 
 
 def projections(directions: Tensor, box: int, pixel_size: float) -> Tensor:

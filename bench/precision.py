@@ -22,21 +22,13 @@ from frazil.data import Images, Optics, Particles  # noqa: E402
 from frazil.jobs.record import source_commit  # noqa: E402
 from frazil.maths.fsc import fsc  # noqa: E402
 from frazil.maths.masks import soft_sphere  # noqa: E402
-from frazil.refine.residence import resident  # noqa: E402
+from frazil.refine.residence import Stored, resident  # noqa: E402
 from frazil.simulate.classes import simulate_classes  # noqa: E402
 from frazil.simulate.particles import Settings  # noqa: E402
 from frazil.steps.class3d import FORM, Class3dParams  # noqa: E402
 from frazil.steps.classify import ClassifyJob, ClassifyState, initial_state, iterate, make_engine  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
-
-
-class Stored:
-    def __init__(self, images: torch.Tensor) -> None:
-        self.images = images
-
-    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        return self.images[index]
 
 
 def sets(data: Path | None) -> dict[str, tuple[torch.Tensor, Particles, torch.Tensor, float, Class3dParams]]:

@@ -31,22 +31,13 @@ from frazil.maths.fsc import fsc, resolution_at
 from frazil.maths.masks import soft_sphere
 from frazil.maths.rotation import rotation_angle
 from frazil.maths.symmetry import operators
+from frazil.refine.residence import Stored
 from frazil.simulate import PoseDifference, Settings, compare_poses, density, phantom, simulate_particles
 from frazil.steps.reconstruct import ReconstructParams, make_target, reconstruct_poses
 from frazil.steps.refine3d import Job, Refine3dParams, State, initial_state, make_engine, refine3d
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "bench" / "results" / "validation.jsonl"
-
-
-class Stored:
-    """Images in memory."""
-
-    def __init__(self, images: Tensor) -> None:
-        self._images = images
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[index]
 
 
 def refine(images, particles: Particles, reference: Volume, device: str, **params) -> tuple[State, float]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from frazil.data import Optics, Particles
-from frazil.refine.residence import Resident, exact_in_half, resident
+from frazil.refine.residence import Resident, exact_in_half, resident, share
 from frazil.refine.windows import Engine
 
 
@@ -22,6 +22,16 @@ def test_images_are_found_by_particle_in_the_stack_of_their_group(rng: torch.Gen
     images = Resident(stacks, torch.tensor([0, 1, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 2]))
     assert torch.equal(images[torch.tensor([4, 0])], stacks[0][[2, 0]])
     assert torch.equal(images[torch.tensor([3])], stacks[1][[1]])
+
+
+def test_a_part_of_the_images_is_found_by_the_numbers_of_all(rng: torch.Generator) -> None:
+    """What a process holds of all particles (among), and what is asked for of it again (share)."""
+    stacks, group = (torch.randn(2, 8, 8, generator=rng), torch.randn(1, 6, 6, generator=rng)), torch.tensor([0, 1, 0, 1, 0])
+    mine = torch.tensor([0, 3, 4])
+    held = Resident(stacks, group[mine], torch.tensor([0, 0, 1])).among(mine, group)
+    assert torch.equal(held[torch.tensor([4, 0])], stacks[0][[1, 0]]) and torch.equal(held[torch.tensor([3])], stacks[1])
+    again = share(held, mine)
+    assert torch.equal(again[torch.tensor([2, 0])], stacks[0][[1, 0]]) and torch.equal(again[torch.tensor([1])], stacks[1])
 
 
 def test_half_precision_is_exact_for_what_came_from_it_only(rng: torch.Generator) -> None:

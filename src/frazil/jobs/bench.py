@@ -22,7 +22,7 @@ from frazil.jobs.classify_files import Output, write_iteration
 from frazil.jobs.record import source_commit
 from frazil.jobs.run import parse_memory, resolve_device
 from frazil.refine.parallel import World, join, leave, local_device
-from frazil.refine.residence import resident
+from frazil.refine.residence import Stored, resident
 from frazil.simulate.classes import ClassSet, simulate_classes
 from frazil.simulate.particles import Settings
 from frazil.steps.class3d import FORM, Class3dParams
@@ -155,19 +155,9 @@ def prepare(params: Class3dBench, made: ClassSet, device: str, world: World, pix
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / torch.cuda.mem_get_info(device)[1]), device)
         budget = budget or int(0.9 * torch.cuda.mem_get_info(device)[0])
     engine = make_engine(wanted, device=device, budget=budget or 4 << 30, seed=params.seed)
-    images, engine = resident(_Stored(made.images), unknown, engine)
+    images, engine = resident(Stored(made.images), unknown, engine)
     job = ClassifyJob(images, wanted, engine, FORM, world=world)
     return job, initial_state(job, unknown, made.maps[0].data[None], pixel_size)
-
-
-class _Stored:
-    """A tensor of images as data.Images."""
-
-    def __init__(self, images: torch.Tensor) -> None:
-        self._images = images
-
-    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        return self._images[index.to(self._images.device)]
 
 
 def wait(device: str) -> None:

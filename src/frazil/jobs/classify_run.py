@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frazil.data import BadInput, Images, Particles
+from frazil.data import BadInput, Particles
 from frazil.io.images import StackImages
 from frazil.io.particles import ANGLES, ParticleSet, match_by_image_name
 from frazil.jobs.classify_files import Output, host_copy, pack_state, read_classification, resolutions, write_iteration
 from frazil.jobs.classify_settings import VERSION, kept_settings
 from frazil.jobs.entries import Entries
 from frazil.jobs.particles_input import (
-    Subset,
     check_search,
     memory_budget,
     peak_memory,
@@ -31,7 +30,7 @@ from frazil.jobs.run import Run
 from frazil.jobs.writer import Writer
 from frazil.refine.parallel import World, world_of_environment
 from frazil.refine.planner import keep_on_device
-from frazil.refine.residence import resident
+from frazil.refine.residence import Resident, resident, share
 from frazil.refine.windows import Engine
 from frazil.steps.classify import UNKNOWN, ClassifyJob, ClassifyParams, ClassifyState, Form, classify, make_engine
 
@@ -77,25 +76,11 @@ def placed(state: ClassifyState, engine: Engine) -> ClassifyState:
     return replace(state, model=replace(state.model, maps=maps.to(device=where, dtype=engine.dtype)))
 
 
-class _Placed:
-    """Images of some particles by the numbers these have among all."""
-
-    def __init__(self, images: Images, mine: Tensor, total: int) -> None:
-        self._images, self._place = images, torch.zeros(total, dtype=torch.int64)
-        self._place[mine] = torch.arange(len(mine))
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[self._place[index]]
-
-
 def with_images_at_hand(job: ClassifyJob, particles: Particles) -> ClassifyJob:
     """The job with the images of this process's particles on its GPU, if there is room for them."""
     mine = job.world.share(len(particles))
-    if job.world.size == 1:
-        images, engine = resident(job.images, particles, job.engine)
-    else:
-        some, engine = resident(Subset(job.images, mine), particles[mine], job.engine)
-        images = _Placed(some, mine, len(particles))
+    some, engine = resident(share(job.images, mine), particles[mine], job.engine)
+    images = some.among(mine, particles.group) if isinstance(some, Resident) else job.images
     return replace(job, images=images, engine=engine)
 
 
@@ -110,7 +95,7 @@ def begin(
     run.kept = (saved or {}).get("progress", {}).get("iteration")
     budget, count = memory_budget(run, (saved or {}).get("budget", 0)), len(used)
     engine = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
-    job = ClassifyJob(Subset(images, used), params, engine, form, *masks, tick=lambda done: tick(run, count, min(done, count)), world=world)
+    job = ClassifyJob(share(images, used), params, engine, form, *masks, tick=lambda done: tick(run, count, min(done, count)), world=world)
     return job, used, saved, budget
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from frazil.data import BadInput, Images, Particles, Volume
+from frazil.data import BadInput, Particles, Volume
 from frazil.io.files import write_text
 from frazil.io.images import StackImages, find_bad, split_image_name
 from frazil.io.particles import ParticleSet, open_images, read_particles
@@ -60,16 +60,6 @@ def tick(run: Run, total: int, done: int) -> None:
     """Progress of an iteration; stops between batches when asked to."""
     run.progress(done, total, "particles")
     run.check_stop()
-
-
-class Subset:
-    """The images of the particles in use, by their number among them."""
-
-    def __init__(self, images: Images, used: Tensor) -> None:
-        self._images, self._used = images, used
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        return self._images[self._used[index]]
 
 
 def load_reference(path: Path, particles: Particles, initial_lowpass: float) -> Volume:

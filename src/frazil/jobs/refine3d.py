@@ -16,7 +16,6 @@ from frazil.io.particles import ANGLES, ParticleSet, write_particles
 from frazil.io.star import write_star
 from frazil.jobs.inputs import check_symmetry, read_mask_for
 from frazil.jobs.particles_input import (
-    Subset,
     check_diameter,
     check_search,
     load_reference,
@@ -35,7 +34,7 @@ from frazil.jobs.run import Run
 from frazil.maths.fsc import resolution_at
 from frazil.refine.convergence import Progress
 from frazil.refine.model import Model, Poses
-from frazil.refine.residence import resident
+from frazil.refine.residence import resident, share
 from frazil.refine.sampling import Sampling
 from frazil.steps.refine3d import Job, Refine3dParams, State, initial_state, make_engine, refine3d
 
@@ -66,7 +65,7 @@ def run(params: Params, run: Run) -> None:
     saved = run.load_checkpoint()
     budget = memory_budget(run, (saved or {}).get("budget", 0))
     settings = make_engine(params, device=str(run.device), budget=budget, seed=run.seed)
-    at_hand, settings = resident(Subset(images, used), particles, settings)
+    at_hand, settings = resident(share(images, used), particles, settings)
     job = Job(at_hand, params, settings, *masks, tick=lambda done: tick(run, len(particles), done))
     if saved is None:
         state = initial_state(job, particles, reference)

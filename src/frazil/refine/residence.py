@@ -33,6 +33,23 @@ class Resident:
         return self.stacks[group][self.place[index]]
 
 
+    def among(self, members: Tensor, group: Tensor) -> Resident:
+        """The same images by the numbers their particles have among all: `members` of all, whose groups are (n,) `group`."""
+        place = torch.zeros(len(group), dtype=torch.int64, device=self.place.device)
+        place[members.to(place.device)] = self.place
+        return Resident(self.stacks, group, place)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of images, on any device, as data.Images."""
+
+    images: Tensor  # (n, y, x)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.images[index.to(self.images.device)]
+
+
 @dataclass(frozen=True)
 class _Some:
     """Images of some particles, by their number among them."""
