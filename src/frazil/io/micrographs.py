@@ -22,7 +22,7 @@ from frazil.data import BadInput, Optics
 from frazil.io.files import why
 from frazil.io.images import find_stack
 from frazil.io.mrc import HEADER_BYTES, MODES, read_header
-from frazil.io.star import Block, first_table, read_star
+from frazil.io.star import Block, as_table, first_table, read_star
 
 TIFF = (".tif", ".tiff")
 PACKED = 101  # MRC mode: two pixels of 4 bits a byte
@@ -89,9 +89,7 @@ def read_micrographs(path: str | os.PathLike[str], pixel_size: float | None = No
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise BadInput(f"{path}: {twice} is listed twice; remove one of the rows")
-    optics_block = star.get("optics")
-    if isinstance(optics_block, dict):
-        optics_block = pd.DataFrame({label: [value] for label, value in optics_block.items()}, dtype="str")
+    optics_block = as_table(star["optics"]) if "optics" in star else None
     has_ctf = all(label in table for label in DEFOCUS[:2])
     rows, group = _optics_rows(table, optics_block, path)
     optics = tuple(_optics(row, k, path, has_ctf and constants, pixel_size) for k, row in enumerate(rows, 1))

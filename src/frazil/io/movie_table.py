@@ -15,7 +15,7 @@ from torch import Tensor
 from frazil.data import BadInput, Optics
 from frazil.io.eer import UPSAMPLINGS
 from frazil.io.images import find_stack
-from frazil.io.star import Star, first_table, read_star, read_whole_star, write_star
+from frazil.io.star import Star, as_table, first_table, read_star, read_whole_star, write_star
 
 NAME, ORIGINAL, UPSAMPLING = "rlnMicrographMovieName", "rlnMicrographOriginalPixelSize", "rlnEERUpsampling"
 NOT_OBSERVED = -9999.0
@@ -49,10 +49,9 @@ def read_movies(path: str | os.PathLike[str]) -> MovieTable:
     if found is None:
         raise BadInput(f"{path}: has no table with _{NAME}; expected movies.star, `frazil import` makes one")
     table, optics = found[1], star.get("optics")
-    if isinstance(optics, dict):
-        optics = pd.DataFrame({label: [value] for label, value in optics.items()}, dtype="str")
     if optics is None:
         raise BadInput(f"{path}: has no data_optics (RELION 3.0 or before); import the movies again with `frazil import`")
+    optics = as_table(optics)
     if not len(table):
         raise BadInput(f"{path}: lists no movies")
     names = tuple(table[NAME])

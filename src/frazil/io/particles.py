@@ -22,7 +22,7 @@ from torch import Tensor
 from frazil.data import BadInput, Optics, Particles
 from frazil.io.images import StackImages, find_stack, split_image_name, usable_names
 from frazil.io.mrc import read_header
-from frazil.io.star import Block, Star, first_table, read_star, write_star
+from frazil.io.star import Block, Star, as_table, first_table, read_star, write_star
 
 ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 ANGLE_PRIORS = tuple(f"{label}Prior" for label in ANGLES)
@@ -94,9 +94,7 @@ def read_particles(path: str | os.PathLike[str]) -> ParticleSet:
     path = Path(path)
     star = read_star(path, text=True)
     name, table = _particle_table(star, path)
-    found = star.get("optics")
-    if isinstance(found, dict):  # one optics group in list form
-        found = pd.DataFrame({label: [value] for label, value in found.items()}, dtype="str")
+    found = as_table(star["optics"]) if "optics" in star else None
     optics_table, table = _convert_30(table, path) if found is None else (found, table)
     optics_table = _with_box(optics_table, table, path)
     optics = tuple(_optics(row, k, path) for k, row in enumerate(optics_table.to_dict("records"), 1))

@@ -140,6 +140,11 @@ def first_table(star: Mapping[str, Block], label: str) -> tuple[str, pd.DataFram
     return None
 
 
+def as_table(block: Block) -> pd.DataFrame:
+    """A block as a table: one that is written as a list of labels has a single row."""
+    return block if isinstance(block, pd.DataFrame) else pd.DataFrame({label: [value] for label, value in block.items()})
+
+
 def _lines(path: Path) -> list[bytes]:
     """Lines of a text file, with \\n or \\r\\n endings taken off."""
     try:

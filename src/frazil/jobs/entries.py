@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frazil.data import BadInput
-from frazil.io.star import Star
+from frazil.io.star import Star, as_table
 
 
 class Entries(dict[str, Any]):
@@ -55,8 +55,7 @@ def rows(star: Star, path: Path, block: str, wanted: str) -> pd.DataFrame:
     """The table of a file, one with a single row perhaps written as a list. Raises BadInput where it has none."""
     if block not in star:
         raise BadInput(f"{path}: has no data_{block}; expected {wanted}")
-    values = star[block]
-    return values if isinstance(values, pd.DataFrame) else pd.DataFrame({name: [value] for name, value in values.items()})
+    return as_table(star[block])
 
 
 def column(table: pd.DataFrame, path: Path, block: str, label: str) -> Tensor:

@@ -11,7 +11,7 @@ import pandas as pd
 from frazil.data import BadInput
 from frazil.io.coordinates import NAME, PIXEL, root
 from frazil.io.particles import ParticleSet
-from frazil.io.star import first_table, read_star
+from frazil.io.star import as_table, first_table, read_star
 
 BINNED = 0.05  # relative difference of pixel sizes from which micrographs were binned; below it one was calibrated, the pixels are the same
 ROUNDING = 1e-3  # below it nothing is said
@@ -53,10 +53,9 @@ def _summary(path: Path) -> dict[str, float]:
 def _optics(path: Path) -> dict[str, float]:
     """By optics group, of a STAR file with data_optics."""
     block = read_star(path, text=True).get("optics") if path.is_file() and path.suffix.lower() == ".star" else None
-    if isinstance(block, dict):
-        block = pd.DataFrame({label: [value] for label, value in block.items()})
     if block is None or PIXEL not in block or GROUP not in block:
         return {}
+    block = as_table(block)
     return dict(zip(block[GROUP].astype(str), _numbers(block[PIXEL]).tolist(), strict=True))
 
 

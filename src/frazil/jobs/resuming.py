@@ -11,12 +11,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from frazil.data import BadInput
 from frazil.io.files import write_bytes
 from frazil.io.mrc import read_header
-from frazil.io.star import first_table, read_star
+from frazil.io.star import as_table, first_table, read_star
 
 ITEMWISE = {"motion": "movies", "ctf": "micrographs", "pick": "micrographs", "extract": "micrographs"}  # job → its list
 NAMES = {"movies": "rlnMicrographMovieName", "micrographs": "rlnMicrographName"}
@@ -77,10 +75,8 @@ def _rows(path: Path, label: str) -> dict[str, dict[str, str]]:
     if found is None:
         raise BadInput(f"{path}: has no table with _{label}")
     groups: dict[str, dict[str, str]] = {}
-    if isinstance(optics, dict):
-        optics = pd.DataFrame({key: [value] for key, value in optics.items()})
     if optics is not None:
-        for number, group in enumerate(optics.to_dict("records"), 1):
+        for number, group in enumerate(as_table(optics).to_dict("records"), 1):
             said = {f"data_optics {key}": str(value) for key, value in group.items() if key != GROUP}
             groups[str(group.get(GROUP, number))] = said
     first = next(iter(groups.values()), {})
