@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from frazil.data import Images, Particles
-from frazil.maths.fourier import half_volume_radius
 from frazil.ops.accumulate import accumulate
 from frazil.ops.compare import significant
 from frazil.ops.insert import insert_
 from frazil.refine.model import Model, Poses, Statistics
-from frazil.refine.planner import Shape, make_plan
+from frazil.refine.planner import Shape, half_volume_elements, make_plan
 from frazil.refine.posterior import Posterior, posterior, weighted_rows
 from frazil.refine.sampling import Grid
 from frazil.refine.search import (
@@ -114,7 +113,8 @@ def expectation(
     # All columns go to the device at once: a copy a batch would make the host wait for what is queued before it.
     table, model = particles.to(engine.device), replace(model, scales=model.scales.to(engine.device))
     given = given or Given()
-    if engine.device != "cpu" and 2 * volume_bytes(model, sizes[0], engine.pad) > engine.budget:
+    volumes = 20 * model.classes * half_volume_elements(model.box, sizes[0], engine.pad, model.maps.ndim == 3)  # bytes, sums too
+    if engine.device != "cpu" and 2 * volumes > engine.budget:
         torch.cuda.empty_cache()  # so that volumes and sums do not take parts of larger blocks, whose rests no one could use
     step = make_pass(model, grid, engine, sizes, clock, given.volumes)
     poses = Poses.empty(len(particles), engine.device)
@@ -151,12 +151,6 @@ def batches(members: Tensor, assigned: Tensor | None, most: int, device: str) ->
         some = members if assigned is None else members[assigned[members] == k]
         for index, at in zip(some.split(most), some.to(device).split(most), strict=True):
             yield index, at, None if k < 0 else k
-
-
-def volume_bytes(model: Model, size: int, pad: float) -> int:
-    """Bytes of the references' transforms and of the sums of a model in float32."""
-    m = half_volume_radius(pad, min(size, model.box) // 2)
-    return model.classes * 20 * (2 * m + 1) ** (model.maps.ndim - 2) * (m + 1)
 
 
 def shape_of(step: Pass, frame: Frame) -> Shape:

@@ -49,10 +49,10 @@ class Plan:
         return max(1, self.scores // (8 * slices * shifts)) if self.scores else None
 
 
-def half_volume_bytes(shape: Shape, voxel: int) -> int:
-    """Bytes of a half volume (or half plane) of the window at `voxel` bytes an element."""
-    m = half_volume_radius(shape.pad, min(shape.size, shape.box) // 2)
-    return (2 * m + 1) ** (1 if shape.flat else 2) * (m + 1) * voxel
+def half_volume_elements(box: int, size: int, pad: float, flat: bool) -> int:
+    """Elements of a half volume (or half plane) of a window of side `size`."""
+    m = half_volume_radius(pad, min(size, box) // 2)
+    return (2 * m + 1) ** (1 if flat else 2) * (m + 1)
 
 
 def make_plan(shape: Shape, budget: int, shrink: int = 1) -> Plan:
@@ -61,8 +61,8 @@ def make_plan(shape: Shape, budget: int, shrink: int = 1) -> Plan:
     The volumes come first. On a CPU the sums are float64 where that leaves half of the budget; a GPU adds with float32 atomics, one
     sum an iteration and half set; how far that reaches for very large sets was not measured.
     """
-    reference = shape.classes * half_volume_bytes(shape, 2 * shape.real)
-    sums = {real: shape.classes * half_volume_bytes(shape, 3 * real) for real in (4, 8)}
+    elements = shape.classes * half_volume_elements(shape.box, shape.size, shape.pad, shape.flat)
+    reference, sums = elements * 2 * shape.real, {real: elements * 3 * real for real in (4, 8)}
     double = shape.real == 8 or (not shape.on_gpu and reference + sums[8] < budget // 2)
     fixed = reference + sums[8 if double else 4]
     # A quarter is left for the allocator's fragments and what lives between the phases.

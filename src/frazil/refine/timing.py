@@ -9,6 +9,11 @@ from contextlib import contextmanager
 import torch
 
 
+def added(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """Seconds by name of two pieces of work together."""
+    return {name: a.get(name, 0.0) + b.get(name, 0.0) for name in {*a, *b}}
+
+
 class Clock:
     """Adds up seconds by name: `with clock("coarse"): ...`. On a GPU it waits for the device only when `exact`."""
 

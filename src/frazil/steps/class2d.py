@@ -28,7 +28,7 @@ from frazil.refine.model import Model, Statistics
 from frazil.refine.sampling import Sampling
 from frazil.refine.search import reference_volumes
 from frazil.refine.settings import setting
-from frazil.refine.timing import Clock
+from frazil.refine.timing import Clock, added
 from frazil.refine.windows import make_frame, make_windows
 from frazil.steps import classify
 from frazil.steps.classify import ClassifyJob, ClassifyParams, ClassifyState, Form
@@ -258,7 +258,7 @@ def expect_halves(job: ClassifyJob, state: GradientState, members: Tensor, volum
         state = replace(state, shrink=shrink)  # found once
         poses.put_(mine, found)
         statistics.append(sums)
-        seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
+        seconds = added(seconds, clock)
     return statistics, poses, seconds, state.shrink
 
 

@@ -38,6 +38,7 @@ from frazil.refine.parallel import with_less_memory
 from frazil.refine.residence import share
 from frazil.refine.sampling import Grid, Sampling, make_grid
 from frazil.refine.settings import MatchParams, Settings, setting
+from frazil.refine.timing import added
 from frazil.refine.windows import Engine
 
 ACCURACY_PARTICLES = 100
@@ -204,7 +205,7 @@ def expect(
         (sums, part, clock), shrink = with_less_memory(replace(job.engine, shrink=max(shrink, job.engine.shrink)), work)
         poses.put_(members, part)
         statistics.append(sums)
-        seconds = {name: seconds.get(name, 0.0) + clock.get(name, 0.0) for name in {*seconds, *clock}}
+        seconds = added(seconds, clock)
         before += len(members)
     return statistics, poses, seconds, shrink
 
